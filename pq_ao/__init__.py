@@ -1,0 +1,36 @@
+"""PrefixQuant for PyTorch: W4A4KV4 with static scales, as torchao tensor subclasses.
+
+Public names resolve on first use, so that ``import pq_ao.ops`` needs neither torchao nor transformers.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PrefixQuantConfig": "pq_ao.quantize",
+    "prefixquant_config": "pq_ao.quantize",
+    "calibrate": "pq_ao.calibration",
+    "PrefixStaticCache": "pq_ao.cache",
+    "UnpackedCacheWarning": "pq_ao.attention",
+    "PrefixWarning": "pq_ao.prefix",
+    "find_prefix": "pq_ao.prefix",
+    "rotate_": "pq_ao.rotation",
+    "reference_path": "pq_ao.modules",
+    "perplexity": "pq_ao.evaluation",
+    "explain": "pq_ao.explain",
+    "memory": "pq_ao.explain",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pq_ao' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,63 @@
+"""PrefixStaticCache: a static cache of transformers that holds packed keys and values behind a hidden prefix.
+
+The cache counts the body only: slot 0 is the first token of the user. The prefix lives in the attention modules and
+is never written, so that `generate` with masks, padding and several turns needs to know nothing of it.
+"""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pq_ao.cache_layer import PrefixStaticLayer
+from pq_ao.modules import Path, attention_modules
+
+
+class PrefixStaticCache(Cache):
+    """Static cache with packed keys and values, for `model(...)`, `model.generate(...)` and compiled steps.
+
+    Args:
+        model: a calibrated model, quantized or not (before `quantize_` it keeps floats).
+        batch_size: rows of the batch.
+        max_cache_len: tokens of prompt and reply together, the prefix not counted.
+
+    Raises:
+        ValueError: the model is not calibrated, or a size is not a positive integer.
+
+    Example::
+
+        cache = pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=4096)
+        out = model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, max_cache_len: int):
+        for name, size in (("batch_size", batch_size), ("max_cache_len", max_cache_len)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}={size!r}: must be an integer of at least 1.")
+        layers = []
+        for attention in attention_modules(model):
+            kv = attention.kv
+            bits = kv.bits if kv.path is Path.INTEGER else 16
+            dtype = {4: torch.uint8, 8: torch.int8, 16: attention.fixed_dtype}[bits]
+            layer = PrefixStaticLayer(
+                batch_size,
+                attention.kv_heads,
+                max_cache_len,
+                attention.head_dim,
+                bits,
+                dtype=dtype,
+                device=attention.prefix_k.device,
+                per_token_scales=kv.dynamic and bits < 16,
+            )
+            layers.append(layer)
+        layers[0].is_first = True
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their per-token scales; the prefix, a buffer of the model, is not counted."""
+        return sum(
+            tensor.nbytes
+            for layer in self.layers
+            for tensor in (layer.keys, layer.values, layer.key_scale, layer.value_scale)
+            if tensor is not None
+        )

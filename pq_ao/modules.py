@@ -1,0 +1,359 @@
+"""The norm, attention and MLP modules of a calibrated decoder block, and the quantizers that sit between them.
+
+Every quantizer and every linear is on one of three paths: FLOAT (rotated floating point, before `quantize_`),
+REFERENCE (quantize and dequantize in float32: what the integers are checked against) or INTEGER (after `quantize_`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from pq_ao.attention import attend
+from pq_ao.config import PrefixQuantConfig
+from pq_ao.hadamard import hadamard_base
+from pq_ao.ops import dequantize, hadamard, quantize, quantize_per_row
+from pq_ao.tensors import PackedWeight, QuantizedActivation
+
+
+class Path(Enum):
+    """Arithmetic of a quantizer or a linear, see the module docstring."""
+
+    FLOAT = "float"
+    REFERENCE = "reference"
+    INTEGER = "integer"
+
+
+class FixedDtype(nn.Module):
+    """A module whose dtype was fixed by calibration: `.half()`, `.to(dtype)` and their kin raise."""
+
+    fixed_dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in (self.fixed_dtype, torch.float32):  # scales are float32 whatever the model is
+            became = fn(torch.empty(0, dtype=dtype)).dtype
+            if became != dtype:
+                raise ValueError(
+                    f"A calibrated model cannot be converted to {became}: its codes and scales belong to "
+                    f"{self.fixed_dtype}. Load the original model with dtype={became} and calibrate that."
+                )
+        return super()._apply(fn, recurse)
+
+
+class KeptEmbedding(FixedDtype, nn.Embedding):
+    """The token embedding, which stays in high precision."""
+
+    def __init__(self, weight: Tensor, padding_idx: int | None):
+        nn.Embedding.__init__(self, *weight.shape, padding_idx=padding_idx, _weight=weight, _freeze=True)
+        self.fixed_dtype = weight.dtype
+
+
+class KeptLinear(FixedDtype, nn.Linear):
+    """The language-model head, which stays in high precision and which `quantize_` passes over."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        nn.Linear.__init__(self, weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.fixed_dtype = weight.dtype
+
+
+class ActivationQuantizer(nn.Module):
+    """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
+
+    Attributes:
+        scale: float32 (1,), static scale; unused in dynamic mode.
+        path: see `Path`.
+        observer: called with the float32 tensor before it is quantized; calibration sets it.
+    """
+
+    def __init__(self, config: PrefixQuantConfig, device: torch.device):
+        super().__init__()
+        self.bits = config.act_bits
+        self.dynamic = config.mode == "dynamic"
+        self.path = Path.FLOAT
+        self.observer: Callable[[Tensor], None] | None = None
+        self.register_buffer("scale", torch.ones(1, device=device))
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
+        if self.observer is not None:
+            self.observer(x)
+        if self.path is Path.FLOAT:
+            return x.to(dtype)
+        if self.dynamic:
+            codes, scale = quantize_per_row(x, self.bits)
+        else:
+            codes, scale = quantize(x, self.scale, self.bits), self.scale
+        if self.path is Path.REFERENCE:
+            return dequantize(codes, scale)
+        return QuantizedActivation(codes, scale, dtype)
+
+
+class KVQuantizer(nn.Module):
+    """Keys and values, per KV head: static scales, or one scale for each token and head in dynamic mode.
+
+    Attributes:
+        key_scale, value_scale: float32 [G]; unused in dynamic mode and at 16 bits.
+        path: see `Path`; at 16 bits it stays FLOAT.
+    """
+
+    def __init__(self, config: PrefixQuantConfig, kv_heads: int, device: torch.device):
+        super().__init__()
+        self.bits = config.kv_bits
+        self.dynamic = config.mode == "dynamic"
+        self.path = Path.FLOAT
+        self.register_buffer("key_scale", torch.ones(kv_heads, device=device))
+        self.register_buffer("value_scale", torch.ones(kv_heads, device=device))
+
+    def _codes(self, x_BGLD: Tensor, static_scale: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dynamic:
+            codes, scale = quantize_per_row(x_BGLD, self.bits)
+            return codes, scale.squeeze(-1)
+        return quantize(x_BGLD, static_scale.view(-1, 1, 1), self.bits), static_scale
+
+    def forward(
+        self, key_BGLD: Tensor, value_BGLD: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values and their scales: floats without scales, or int8 codes with scales [G] or [B, G, L]."""
+        if self.path is Path.FLOAT or self.bits == 16:
+            return key_BGLD.to(dtype), value_BGLD.to(dtype), None, None
+        key, key_scale = self._codes(key_BGLD, self.key_scale)
+        value, value_scale = self._codes(value_BGLD, self.value_scale)
+        if self.path is Path.INTEGER:
+            return key, value, key_scale, value_scale
+        shape = (-1, 1, 1) if key_scale.ndim == 1 else (*key_scale.shape, 1)
+        key, value = dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape))
+        return key, value, None, None
+
+
+class CalibratedLinear(FixedDtype, nn.Linear):
+    """A linear of a decoder block. Calibration gives it final codes; `quantize_` puts them in place of the weight.
+
+    Attributes:
+        config: the scheme that it was calibrated for.
+        packed: final codes and scales, a `PackedWeight`; None before calibration and after `quantize_`.
+        site: name of its input, one of A1 to A4.
+        quantizers: what goes over to integers together with this linear (owned by the modules that feed it).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: PrefixQuantConfig,
+        quantizers: tuple[ActivationQuantizer | KVQuantizer, ...],
+    ):
+        nn.Linear.__init__(self, weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.fixed_dtype = weight.dtype
+        self.config = config
+        self.quantizers = quantizers
+        self.path = Path.FLOAT
+        self.register_buffer("packed", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N] in the model's dtype."""
+        if self.path is not Path.REFERENCE:
+            return nn.functional.linear(x, self.weight, self.bias)
+        weight = self.weight if isinstance(self.weight, PackedWeight) else self.packed
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), weight.dequantize(), bias).to(self.fixed_dtype)
+
+    def pack_(self) -> None:
+        """Drops the floating-point weight for the codes, and sends this linear and its quantizers over to integers."""
+        self.weight = nn.Parameter(self.packed, requires_grad=False)
+        self.packed = None
+        for module in (self, *self.quantizers):
+            module.path = Path.INTEGER
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        incoming = state_dict.get(f"{prefix}weight")
+        error_msgs = args[-1]
+        if isinstance(incoming, PackedWeight) and not isinstance(self.weight, PackedWeight):
+            error_msgs.append(
+                f"{prefix}weight is quantized (PackedWeight) in the state_dict, but this model's is not: "
+                "call `quantize_(model, config)` before load_state_dict."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PrefixRMSNorm(nn.Module):
+    """RMSNorm whose gain went into the linears behind it; emits the quantized activation that they share.
+
+    Args:
+        eps: the model's own rms_norm_eps.
+        quantizer: A1 or A3.
+    """
+
+    def __init__(self, eps: float, quantizer: ActivationQuantizer):
+        super().__init__()
+        self.eps = eps
+        self.quantizer = quantizer
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, d], normalised in float32 and quantized without a rounding between."""
+        h = hidden_states.float()
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.quantizer(h, hidden_states.dtype)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+class PrefixAttention(FixedDtype):
+    """Attention over [hidden prefix | quantized body], with one linear for q, k and v.
+
+    Attributes:
+        prefix_k, prefix_v: [G, P, D] in the model's dtype, keys post-RoPE and post-R3; P = 0 without a prefix.
+        o_in: quantizer A2.
+        kv: quantizer of keys and values.
+    """
+
+    def __init__(
+        self,
+        model_config,
+        layer_idx: int,
+        head_dim: int,
+        qkv_proj: CalibratedLinear,
+        o_proj: CalibratedLinear,
+        o_in: ActivationQuantizer,
+        kv: KVQuantizer,
+        rotation: bool,
+        query_norm: nn.Module | None = None,
+        key_norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.model_config = model_config
+        self.layer_idx = layer_idx
+        self.head_dim = head_dim
+        self.query_heads = model_config.num_attention_heads
+        self.kv_heads = model_config.num_key_value_heads
+        self.scaling = head_dim**-0.5
+        self.fixed_dtype = qkv_proj.weight.dtype
+        self.qkv_proj, self.o_proj = qkv_proj, o_proj
+        self.query_norm, self.key_norm = query_norm, key_norm
+        self.o_in, self.kv = o_in, kv
+        device = qkv_proj.weight.device
+        base = hadamard_base(head_dim).to(device) if rotation else None
+        self.register_buffer("head_base", base, persistent=False)
+        empty = torch.zeros(self.kv_heads, 0, head_dim, dtype=self.fixed_dtype, device=device)
+        self.register_buffer("prefix_k", empty)
+        self.register_buffer("prefix_v", empty.clone())
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """q [B, H, L, D] and k [B, G, L, D], float32 after RoPE and R3; v [B, G, L, D] in the model's dtype."""
+        qkv = self.qkv_proj(hidden_states)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
+        query, key, value = qkv.split((self.query_heads, self.kv_heads, self.kv_heads), dim=-2)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        cos, sin = (t.float().unsqueeze(1) for t in position_embeddings)
+        heads = []
+        for x in (query, key):
+            x = x.transpose(1, 2).float()
+            x = x * cos + _rotate_half(x) * sin
+            heads.append(x if self.head_base is None else hadamard(x, self.head_base))
+        return heads[0], heads[1], value.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """Same contract as the attention of transformers; attention weights are never returned."""
+        query, key, value = self.project(hidden_states, position_embeddings)
+        key, value, key_scale, value_scale = self.kv(key, value, self.fixed_dtype)
+        out_BLHD = attend(
+            self, query.to(self.fixed_dtype), key, value, key_scale, value_scale, attention_mask, past_key_values
+        )
+        out = self.o_in(out_BLHD.flatten(-2), self.fixed_dtype)
+        return self.o_proj(out), None
+
+
+class PrefixMLP(FixedDtype):
+    """down(R4(act(gate) * up)), with one linear for gate and up; activation and rotation in float32.
+
+    Attributes:
+        down_in: quantizer A4.
+    """
+
+    def __init__(
+        self,
+        gate_up_proj: CalibratedLinear,
+        down_proj: CalibratedLinear,
+        down_in: ActivationQuantizer,
+        act_fn: nn.Module,
+        rotation: bool,
+    ):
+        super().__init__()
+        self.fixed_dtype = gate_up_proj.weight.dtype
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.act_fn, self.down_in = act_fn, down_in
+        width, device = down_proj.in_features, down_proj.weight.device
+        base = hadamard_base(width).to(device) if rotation else None
+        self.register_buffer("down_base", base, persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, d] to [B, L, d]."""
+        gate, up = self.gate_up_proj(hidden_states).float().chunk(2, dim=-1)
+        h = self.act_fn(gate) * up
+        if self.down_base is not None:
+            h = hadamard(h, self.down_base)
+        return self.down_proj(self.down_in(h, self.fixed_dtype))
+
+
+def attention_modules(model: nn.Module) -> list[PrefixAttention]:
+    """The attention modules of a calibrated model, by layer.
+
+    Raises:
+        ValueError: the model was not calibrated.
+    """
+    found = [module for module in model.modules() if isinstance(module, PrefixAttention)]
+    if not found:
+        raise ValueError(
+            "model: not calibrated yet, so it has neither prefix nor scales; call "
+            "`pq_ao.calibrate(model, tokenizer, config)` first."
+        )
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def path_switches(model: nn.Module) -> list[nn.Module]:
+    """All linears and quantizers that have a `path`."""
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer | KVQuantizer | CalibratedLinear)]
+
+
+@contextmanager
+def on_path(modules: list[nn.Module], path: Path) -> Iterator[None]:
+    """Puts `modules` on `path` inside the context."""
+    before = [module.path for module in modules]
+    for module in modules:
+        module.path = path
+    try:
+        yield
+    finally:
+        for module, previous in zip(modules, before, strict=True):
+            module.path = previous
+
+
+@contextmanager
+def reference_path(model: nn.Module) -> Iterator[None]:
+    """Runs a calibrated or quantized model in quantize-dequantize float32 arithmetic: what integers are checked against.
+
+    Example::
+
+        with pq_ao.reference_path(model):
+            expected = model(ids).logits
+    """
+    attention_modules(model)
+    with on_path(path_switches(model), Path.REFERENCE):
+        yield

@@ -1,0 +1,38 @@
+"""Symmetric quantizers (method section 1.1) in plain PyTorch, so that Inductor fuses them with their neighbours."""
+
+import torch
+from torch import Tensor
+
+# the reference clamps every scale to this range (method section 1.1)
+MIN_SCALE, MAX_SCALE = 1e-4, 1e4
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
+    """Initial scale 2 absmax / (2^bits - 1), clamped to [floor, 1e4]."""
+    return (absmax * (2 / (2**bits - 1))).clamp(floor, MAX_SCALE)
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes clamp(round(x / scale)) as int8; division and half-to-even rounding in float32. `scale` broadcasts."""
+    low, high = code_range(bits)
+    return torch.clamp(torch.round(x.float() / scale), low, high).to(torch.int8)
+
+
+def quantize_per_row(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Dynamic quantizer: one scale for each row of the last axis, from its absmax.
+
+    Returns:
+        int8 codes like `x`, and float32 scales of shape [..., 1].
+    """
+    scale = absmax_scale(x.float().abs().amax(dim=-1, keepdim=True), bits)
+    return quantize(x, scale, bits), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes * scale in float32."""
+    return codes.float() * scale

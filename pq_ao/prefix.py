@@ -1,0 +1,268 @@
+"""Outlier tokens, the prefix that takes their place, and the check that it holds (method section 3).
+
+Everything here runs on the model as it was loaded: the statistic is taken before R4 and does not depend on R1.
+"""
+
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pq_ao.families import family_of
+
+logger = logging.getLogger(__name__)
+
+OUTLIER_THRESHOLD = 64.0  # eta1 of method section 3.1
+
+# a lone candidate seen in fewer than this share of the sequences is an accident (method section 3.1)
+_MIN_LONE_FREQUENCY = 0.1
+
+# frequent tokens tried beside BOS where the rule's prefix does not hold
+_ORDINARY_CANDIDATES = 3
+
+_CHECK_SEQUENCES, _CHECK_LENGTH = 2, 256
+
+_CONVERSATION = (
+    {"role": "user", "content": "What is the capital of France, and why is it known around the world?"},
+    {
+        "role": "assistant",
+        "content": "The capital of France is Paris. It is known for its art, its food and its river.",
+    },
+    {"role": "user", "content": "Which places should I see there in two days? Please make a short list."},
+    {"role": "assistant", "content": "On the first day, see the Louvre and Notre-Dame. On the second, Montmartre."},
+    {"role": "user", "content": "Thank you. How do I get from one to the other without a car?"},
+)
+
+
+class PrefixWarning(UserWarning):
+    """Outlier tokens are left although a prefix is in place, or a kind of input could not be checked."""
+
+
+@dataclass(frozen=True)
+class OutlierStatistics:
+    """What the rule counts (method section 3.1).
+
+    Attributes:
+        counts: mean number of outlier tokens a sequence, by layer, position 0 included.
+        frequencies: (token id, times it was an outlier at i > 0), most frequent first; one count a layer.
+        sequences: sequences looked at.
+        max_ratio: largest R_i over all layers and tokens.
+    """
+
+    counts: tuple[float, ...]
+    frequencies: tuple[tuple[int, int], ...]
+    sequences: int
+    max_ratio: float
+
+
+@dataclass(frozen=True)
+class PrefixReport:
+    """The prefix, how it came about, and how well it holds.
+
+    Attributes:
+        prefix_ids: the prefix in use; empty where the scheme has none.
+        rule_ids: what the rule alone gives; None where the user chose the prefix.
+        statistics: see `OutlierStatistics`; None where the user chose the prefix.
+        ratios_before, ratios_after: largest token ratio at a down_proj input, by kind of input, without and with
+            the prefix.
+        threshold: what `ratios_after` should stay below.
+    """
+
+    prefix_ids: tuple[int, ...]
+    rule_ids: tuple[int, ...] | None = None
+    statistics: OutlierStatistics | None = None
+    ratios_before: dict[str, float] = field(default_factory=dict)
+    ratios_after: dict[str, float] = field(default_factory=dict)
+    threshold: float = OUTLIER_THRESHOLD
+
+    def to_dict(self) -> dict:
+        """Plain dictionary for JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] = ()) -> Tensor:
+    """R_i = M_i / median(M) of every token at every layer, M_i its largest |activation| at the down_proj input.
+
+    Args:
+        model: floating-point decoder, not rotated.
+        ids: int64 [T], one sequence.
+        prefix_ids: real tokens put in front; their own ratios are dropped.
+
+    Returns:
+        float32 [layers, T] on the CPU.
+
+    Raises:
+        ValueError: an activation is NaN or Inf.
+    """
+    family = family_of(model)
+    rows: list[Tensor] = []
+    first = len(prefix_ids)
+
+    def observe(module, args) -> None:
+        rows.append(args[0][0, first:].abs().amax(dim=-1).float())
+
+    layers = model.get_submodule(family.layers)
+    hooks = [layer.get_submodule(family.down).register_forward_pre_hook(observe) for layer in layers]
+    try:
+        full = torch.cat((torch.tensor(prefix_ids, dtype=torch.int64), ids.cpu())).unsqueeze(0)
+        model.base_model(full.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    maxima = torch.stack(rows).cpu()
+    bad = ~torch.isfinite(maxima).all(dim=1)
+    if bad.any():
+        layer = int(bad.nonzero()[0])
+        raise ValueError(
+            f"model: the down_proj input of layer {layer} is NaN or Inf on the calibration data; check the weights, "
+            "or load the model in a wider dtype."
+        )
+    return maxima / maxima.median(dim=1, keepdim=True).values.clamp_min(1e-30)
+
+
+def outlier_statistics(
+    model: PreTrainedModel, windows: Tensor, threshold: float = OUTLIER_THRESHOLD
+) -> OutlierStatistics:
+    """Counts outlier tokens over calibration windows, int64 [N, T], one sequence at a time."""
+    counts, frequencies, largest = [], Counter(), 0.0
+    for ids in windows:
+        ratios = token_ratios(model, ids)
+        outlier = ratios > threshold
+        counts.append(outlier.sum(dim=1).double())
+        largest = max(largest, float(ratios.max()))
+        _, positions = outlier[:, 1:].nonzero(as_tuple=True)
+        frequencies.update(ids.cpu()[1:][positions].tolist())
+    mean = torch.stack(counts).mean(dim=0)
+    # equal counts in order of id, so that the choice does not hang on the order of the windows
+    ordered = sorted(frequencies.items(), key=lambda item: (-item[1], item[0]))
+    return OutlierStatistics(tuple(mean.tolist()), tuple(ordered), len(windows), largest)
+
+
+def prefix_by_rule(statistics: OutlierStatistics, bos_id: int) -> tuple[int, ...]:
+    """The most frequent outlier ids, as many as there are outlier tokens a sequence, then BOS (method section 3.1)."""
+    number = math.ceil(max(statistics.counts))
+    distinct = statistics.frequencies
+    if len(distinct) == 1 and distinct[0][1] < _MIN_LONE_FREQUENCY * statistics.sequences:
+        distinct = ()
+    return (*(token for token, _ in distinct[:number]), bos_id)
+
+
+def bos_role(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that plays BOS: bos, else eos, else pad.
+
+    Raises:
+        ValueError: the tokenizer has none of them.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return token
+    raise ValueError("tokenizer: has no bos, eos or pad token; choose the prefix yourself: prefix_ids=(id, ...).")
+
+
+def _check_inputs(tokenizer: PreTrainedTokenizerBase, windows: Tensor, bos_id: int) -> dict[str, list[Tensor]]:
+    texts = [ids.cpu()[:_CHECK_LENGTH] for ids in windows[:_CHECK_SEQUENCES]]
+    bos = torch.tensor([bos_id])
+    inputs = {
+        "plain text": texts,
+        "BOS + text": [torch.cat((bos, ids)) for ids in texts],
+        "BOS BOS text": [torch.cat((bos, bos, ids)) for ids in texts],
+    }
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(list(_CONVERSATION), tokenize=False, add_generation_prompt=True)
+        inputs["chat"] = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)]
+    return inputs
+
+
+def worst_ratios(
+    model: PreTrainedModel, inputs: dict[str, list[Tensor]], prefix_ids: Sequence[int] = ()
+) -> dict[str, float]:
+    """Largest token ratio for each kind of input, behind the given prefix."""
+    return {
+        kind: max(float(token_ratios(model, ids, prefix_ids).max()) for ids in batch) for kind, batch in inputs.items()
+    }
+
+
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> list[int]:
+    special = set(tokenizer.all_special_ids)
+    common = Counter(windows.flatten().tolist()).most_common()
+    return [token for token, _ in common if token not in special][:_ORDINARY_CANDIDATES]
+
+
+def find_prefix(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    prefix_ids: Sequence[int] | None = None,
+) -> PrefixReport:
+    """Chooses the prefix by the rule, checks it on four kinds of input, and mends it where it does not hold.
+
+    A prefix that is only BOS makes a leading BOS of the text an outlier again; an ordinary token beside it cures that.
+
+    Args:
+        model: floating-point decoder, not rotated.
+        tokenizer: its tokenizer; the chat template, if any, makes one kind of input.
+        windows: int64 [N, T], tokenized without special tokens.
+        prefix_ids: a prefix of the user's own; checked likewise, never changed.
+
+    Raises:
+        ValueError: ids out of the vocabulary, no id for BOS, or NaN and Inf activations.
+
+    Warns:
+        PrefixWarning: a kind of input still exceeds the threshold.
+    """
+    if prefix_ids is not None:
+        _check_ids(prefix_ids, model.config.vocab_size)
+    bos_id = bos_role(tokenizer) if prefix_ids is None or tokenizer.bos_token_id is not None else prefix_ids[-1]
+    inputs = _check_inputs(tokenizer, windows, bos_id)
+    before = worst_ratios(model, inputs)
+    if prefix_ids is not None:
+        chosen, rule, statistics = tuple(prefix_ids), None, None
+        after = worst_ratios(model, inputs, chosen)
+    else:
+        statistics = outlier_statistics(model, windows)
+        rule = prefix_by_rule(statistics, bos_id)
+        chosen, after = _mend(model, inputs, rule, _ordinary_tokens(tokenizer, windows))
+    failing = {kind: round(ratio, 1) for kind, ratio in after.items() if ratio > OUTLIER_THRESHOLD}
+    if failing:
+        warnings.warn(
+            f"prefix {chosen}: outlier tokens are left, token ratio by kind of input {failing}, threshold "
+            f"{OUTLIER_THRESHOLD:.0f}; static scales will suffer there. Try other prefix_ids, or mode='dynamic'.",
+            PrefixWarning,
+            stacklevel=2,
+        )
+    return PrefixReport(chosen, rule, statistics, before, after)
+
+
+def _mend(
+    model: PreTrainedModel, inputs: dict[str, list[Tensor]], rule: tuple[int, ...], ordinary: list[int]
+) -> tuple[tuple[int, ...], dict[str, float]]:
+    """The rule's prefix where it holds, else the first that does with an ordinary token beside BOS, else the best."""
+    trials = [rule]
+    for token in ordinary:
+        trials += [(*rule, token), (*rule[:-1], token, rule[-1])]
+    best: tuple[tuple[int, ...], dict[str, float]] | None = None
+    for trial in trials:
+        ratios = worst_ratios(model, inputs, trial)
+        if best is None or max(ratios.values()) < max(best[1].values()):
+            best = trial, ratios
+        if max(ratios.values()) <= OUTLIER_THRESHOLD:
+            return trial, ratios
+        logger.info("prefix %s does not hold: %s", trial, ratios)
+    return best
+
+
+def _check_ids(prefix_ids: Sequence[int], vocab_size: int) -> None:
+    if len(prefix_ids) == 0:
+        raise ValueError(
+            "prefix_ids=(): a prefix has at least one token; for none use prefixquant_config(prefix=False)."
+        )
+    for token in prefix_ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"prefix_ids: {token!r} is not a token id; ids are integers from 0 to {vocab_size - 1}.")

@@ -1,0 +1,220 @@
+"""Norm fusion and the rotations R1 to R4 (method section 2), and the exchange of a decoder's modules for ours.
+
+Arithmetic is float64 for each weight, cast once at the end. Row-vector convention: a linear computes x W^T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from pq_ao.attention import ATTENTION_NAME
+from pq_ao.config import PrefixQuantConfig
+from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submodule
+from pq_ao.hadamard import hadamard_transform, random_signs, randomized_hadamard
+from pq_ao.modules import (
+    ActivationQuantizer,
+    CalibratedLinear,
+    KeptEmbedding,
+    KeptLinear,
+    KVQuantizer,
+    PrefixAttention,
+    PrefixMLP,
+    PrefixRMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The offline rotations as signs of randomised Hadamards; without rotation every method returns its input.
+
+    Attributes:
+        residual_signs: float64 [d] of R1, or None.
+        value_signs: float64 [D] of R2, the same for all heads and layers, or None.
+    """
+
+    residual_signs: Tensor | None
+    value_signs: Tensor | None
+
+    @classmethod
+    def random(cls, hidden_size: int, head_dim: int, seed: int, device: torch.device) -> "Rotation":
+        """R1 and R2 drawn from `seed`, alike on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        residual, value = (random_signs(n, generator).to(device) for n in (hidden_size, head_dim))
+        return cls(residual, value)
+
+    @property
+    def online(self) -> bool:
+        """Whether R3 and R4 run online."""
+        return self.residual_signs is not None
+
+    def reads_residual(self, weight: Tensor) -> Tensor:
+        """W R1, for embedding rows and for what reads the residual stream."""
+        return randomized_hadamard(weight, self.residual_signs) if self.online else weight
+
+    def writes_residual(self, weight: Tensor) -> Tensor:
+        """R1^T W, or R1^T b for a bias: for what writes to the residual stream."""
+        if not self.online:
+            return weight
+        return self.reads_residual(weight) if weight.ndim == 1 else self.reads_residual(weight.T).T
+
+    def writes_value(self, weight: Tensor) -> Tensor:
+        """R2^T on each head of the value projection, weight [G D, d] or bias [G D]."""
+        if not self.online:
+            return weight
+        heads = weight.view(-1, self.value_signs.numel(), *weight.shape[1:])
+        return randomized_hadamard(heads.transpose(1, -1), self.value_signs).transpose(1, -1).reshape(weight.shape)
+
+    def reads_value(self, weight: Tensor) -> Tensor:
+        """R2 on each head's columns of the output projection, [d, H D]."""
+        if not self.online:
+            return weight
+        heads = weight.view(weight.shape[0], -1, self.value_signs.numel())
+        return randomized_hadamard(heads, self.value_signs).reshape(weight.shape)
+
+    def reads_down(self, weight: Tensor) -> Tensor:
+        """W_down R4^T, undone online by the same transform of the data."""
+        return hadamard_transform(weight) if self.online else weight
+
+
+def _wide(linear: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
+    weight = linear.weight.detach().double()
+    bias = None if linear.bias is None else linear.bias.detach().double()
+    if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
+        raise ValueError(f"model: {name} holds NaN or Inf; repair the checkpoint before calibrating.")
+    return weight, bias
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raises ValueError where a parameter holds NaN or Inf: before anything of the model is changed."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"model: {name} holds NaN or Inf; repair the checkpoint before calibrating.")
+
+
+def _join(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [
+            weight.new_zeros(weight.shape[0]) if bias is None else bias
+            for bias, weight in zip(biases, weights, strict=True)
+        ]
+    )
+
+
+class _BlockBuilder:
+    """Builds our modules for the decoder layers of one model."""
+
+    def __init__(self, family: DecoderFamily, model_config, config: PrefixQuantConfig, rotation: Rotation, dtype):
+        self.family, self.model_config, self.config = family, model_config, config
+        self.rotation, self.dtype = rotation, dtype
+
+    def replace(self, layer: nn.Module, layer_idx: int) -> None:
+        """Exchanges norms, attention and MLP of `layer`."""
+        family, rotation = self.family, self.rotation
+        device = layer.get_submodule(family.down).weight.device
+        attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(self.config, device) for _ in range(4))
+        kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, device)
+
+        norm = layer.get_submodule(family.attention_norm)
+        parts = [self._linear(layer, name) for name in (family.query, family.key, family.value)]
+        weights = [rotation.reads_residual(weight * norm.weight.double()) for weight, _ in parts]
+        biases = [bias for _, bias in parts]
+        weights[2] = rotation.writes_value(weights[2])
+        biases[2] = None if biases[2] is None else rotation.writes_value(biases[2])
+        qkv = self._calibrated(torch.cat(weights), _join(biases, weights), (attn_in, kv))
+
+        weight, bias = self._linear(layer, family.output)
+        weight = rotation.writes_residual(rotation.reads_value(weight))
+        bias = None if bias is None else rotation.writes_residual(bias)
+        output = self._calibrated(weight, bias, (o_in,))
+        attention = PrefixAttention(
+            self.model_config,
+            layer_idx,
+            head_dim_of(self.model_config),
+            qkv,
+            output,
+            o_in,
+            kv,
+            rotation.online,
+            layer.get_submodule(family.query_norm) if family.query_norm else None,
+            layer.get_submodule(family.key_norm) if family.key_norm else None,
+        )
+
+        mlp_norm = layer.get_submodule(family.mlp_norm)
+        parts = [self._linear(layer, name) for name in (family.gate, family.up)]
+        weights = [rotation.reads_residual(weight * mlp_norm.weight.double()) for weight, _ in parts]
+        gate_up = self._calibrated(torch.cat(weights), _join([bias for _, bias in parts], weights), (mlp_in,))
+        weight, bias = self._linear(layer, family.down)
+        weight = rotation.reads_down(rotation.writes_residual(weight))
+        bias = None if bias is None else rotation.writes_residual(bias)
+        down = self._calibrated(weight, bias, (down_in,))
+        mlp = PrefixMLP(gate_up, down, down_in, ACT2FN[self.model_config.hidden_act], rotation.online)
+
+        eps = self.model_config.rms_norm_eps
+        replace_submodule(layer, family.attention_norm, PrefixRMSNorm(eps, attn_in))
+        replace_submodule(layer, family.mlp_norm, PrefixRMSNorm(eps, mlp_in))
+        replace_submodule(layer, family.attention, attention)
+        replace_submodule(layer, family.mlp, mlp)
+
+    def _linear(self, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+        return _wide(layer.get_submodule(name), name)
+
+    def _calibrated(self, weight: Tensor, bias: Tensor | None, quantizers: tuple) -> CalibratedLinear:
+        weight = weight.to(self.dtype).contiguous()
+        bias = None if bias is None else bias.to(self.dtype)
+        return CalibratedLinear(weight, bias, self.config, quantizers)
+
+
+@torch.no_grad()
+def rotate_(
+    model: PreTrainedModel,
+    config: PrefixQuantConfig,
+    *,
+    seed: int = 0,
+    block_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Fuses norms, rotates and exchanges the modules of every decoder block, in place; the function stays the same.
+
+    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1 (method section 2.6).
+
+    Args:
+        model: a decoder of a known family, in floating point.
+        config: says whether to rotate, and what the quantizers of the new modules will be.
+        seed: draws R1 and R2.
+        block_dtype: dtype of the block weights, the model's own where None (calibration works in float32).
+
+    Raises:
+        ValueError: family not supported, NaN or Inf in a weight, or a model that was rotated before.
+    """
+    family = family_of(model)
+    if any(isinstance(module, PrefixAttention) for module in model.modules()):
+        raise ValueError("model: was calibrated or rotated before; load the original model again.")
+    check_weights(model)
+    dtype, device = model.dtype, model.device
+    hidden_size, head_dim = model.config.hidden_size, head_dim_of(model.config)
+    rotation = Rotation.random(hidden_size, head_dim, seed, device) if config.rotation else Rotation(None, None)
+
+    embedding = model.get_submodule(family.embedding)
+    head, head_bias = _wide(model.get_submodule(family.head), family.head)
+    final_norm = model.get_submodule(family.final_norm)
+    head = rotation.reads_residual(head * final_norm.weight.double()).to(dtype)
+    table = rotation.reads_residual(embedding.weight.detach().double()).to(dtype)
+    model.config.tie_word_embeddings = False
+    model._tied_weights_keys = None  # or a save would tie them again
+    replace_submodule(model, family.embedding, KeptEmbedding(table, embedding.padding_idx))
+    replace_submodule(model, family.head, KeptLinear(head, None if head_bias is None else head_bias.to(dtype)))
+    final_norm.weight.fill_(1)
+
+    builder = _BlockBuilder(family, model.config, config, rotation, block_dtype or dtype)
+    layers = model.get_submodule(family.layers)
+    for index, layer in enumerate(tqdm(layers, desc="rotating", unit="block", disable=not progress)):
+        builder.replace(layer, index)
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,205 @@
+"""Static scales of one block: statistics pass and MSE search (method section 4, in its corrected form).
+
+Activation objectives: "tensor", the activation's own squared error, scored on a histogram; "block", the error of the
+block's output with only that quantizer on. Grids are plain factors on the absmax scale; every run is masked causally
+and sees the prefix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pq_ao.families import DecoderFamily
+from pq_ao.modules import ActivationQuantizer, Path, on_path
+from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize
+
+SITES = ("attn_in", "o_in", "mlp_in", "down_in")
+
+# factors on the absmax scale; o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
+_ACTIVATION_GRID = tuple(round(0.10 + 0.02 * i, 3) for i in range(46))
+_BLOCK_COARSE = tuple(round(0.10 + 0.05 * i, 3) for i in range(19))
+_BLOCK_FINE = (-0.04, -0.03, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04)
+_KV_GRID = tuple(round(1 - i / 40, 3) for i in range(25))
+
+_SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
+_HISTOGRAM_BINS = 16384
+
+
+@dataclass
+class SiteInputs:
+    """Statistics of one activation site.
+
+    Attributes:
+        absmax: largest |x| over all tokens.
+        gram: float32 [K, K], sum of x^T x.
+        histogram: float64 [bins] of x over [-absmax, absmax].
+    """
+
+    absmax: float
+    gram: Tensor
+    histogram: Tensor
+
+
+class BlockSites:
+    """A decoder block, the hidden states that enter it, and its quantizers by name.
+
+    Args:
+        layer: decoder layer with our modules, on the FLOAT path.
+        body: the calibration sequences on their way (`pq_ao.calibration`).
+    """
+
+    def __init__(self, layer: nn.Module, family: DecoderFamily, body):
+        self.layer, self.body = layer, body
+        self.attention = layer.get_submodule(family.attention)
+        self.norm = layer.get_submodule(family.attention_norm)
+        self.quantizers: dict[str, ActivationQuantizer] = {
+            "attn_in": self.norm.quantizer,
+            "o_in": self.attention.o_in,
+            "mlp_in": layer.get_submodule(family.mlp_norm).quantizer,
+            "down_in": layer.get_submodule(family.mlp).down_in,
+        }
+
+    def observe(self) -> dict[str, SiteInputs]:
+        """Two passes over all sequences: maxima and Gram matrices, then histograms.
+
+        Raises:
+            ValueError: an activation is NaN or Inf.
+        """
+        absmax: dict[str, Tensor] = {}
+        grams: dict[str, Tensor] = {}
+
+        def first(site: str, x: Tensor) -> None:
+            rows = x.flatten(0, -2)
+            largest, gram = rows.abs().amax(), rows.T @ rows
+            absmax[site] = torch.maximum(absmax[site], largest) if site in absmax else largest
+            grams[site] = grams[site] + gram if site in grams else gram
+
+        self._watch(first)
+        limits = {site: float(value) for site, value in absmax.items()}
+        for site, limit in limits.items():
+            if not limit < float("inf"):  # catches NaN as well
+                raise ValueError(f"model: the activation {site} of a block is {limit}; check weights and data.")
+        histograms = {
+            site: torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64, device=grams[site].device) for site in SITES
+        }
+
+        def second(site: str, x: Tensor) -> None:
+            histograms[site] += torch.histc(x, _HISTOGRAM_BINS, -limits[site], limits[site]).double()
+
+        self._watch(second)
+        return {site: SiteInputs(limits[site], grams[site], histograms[site]) for site in SITES}
+
+    def _watch(self, observer) -> None:
+        for site, quantizer in self.quantizers.items():
+            quantizer.observer = lambda x, site=site: observer(site, x)
+        try:
+            for batch in self.body.batches():
+                self.body.run(self.layer, batch)
+        finally:
+            for quantizer in self.quantizers.values():
+                quantizer.observer = None
+
+    def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q [1, H, T, D], k and v [1, G, T, D] of the first sequences, in float32."""
+        return [
+            tuple(t.float() for t in self.attention.project(self.norm(hidden), self.body.position_embeddings))
+            for hidden in self.body.hidden[:_SEARCH_SEQUENCES].split(1)
+        ]
+
+
+def _histogram_error(inputs: SiteInputs, scale: float, bits: int) -> float:
+    bins = inputs.histogram.numel()
+    centres = torch.arange(bins, dtype=torch.float64, device=inputs.histogram.device)
+    centres = ((centres + 0.5) * (2 / bins) - 1) * inputs.absmax
+    low, high = code_range(bits)
+    error = centres - torch.clamp(torch.round(centres / scale), low, high) * scale
+    return float((inputs.histogram * error.square()).sum())
+
+
+def search_activations(sites: BlockSites, inputs: dict[str, SiteInputs], bits: int, search: str) -> dict[str, float]:
+    """Sets the four static activation scales; returns them with their factors."""
+    found: dict[str, float] = {}
+    for site in ("o_in", "down_in", "attn_in", "mlp_in"):  # the order of method section 4.2
+        start = float(absmax_scale(torch.tensor(inputs[site].absmax), bits))
+        factor = 1.0
+        if search == "tensor":
+            factor = min(_ACTIVATION_GRID, key=lambda f: _histogram_error(inputs[site], start * f, bits))
+        elif search == "block":
+            factor = _search_block(sites, site, start)
+        sites.quantizers[site].scale.fill_(start * factor)
+        found |= {site: start * factor, f"{site}_factor": factor}
+    return found
+
+
+def _search_block(sites: BlockSites, site: str, start: float) -> float:
+    """Factor with the least error of the block's output, only this quantizer on; ties to the larger factor."""
+    batches = sites.body.batches(_SEARCH_SEQUENCES)
+    targets = [sites.body.run(sites.layer, batch) for batch in batches]
+    quantizer = sites.quantizers[site]
+
+    def loss(factor: float) -> float:
+        quantizer.scale.fill_(start * factor)
+        total = 0.0
+        with on_path([quantizer], Path.REFERENCE):
+            for batch, target in zip(batches, targets, strict=True):
+                total += float((sites.body.run(sites.layer, batch) - target).square().sum(dtype=torch.float64))
+        return total
+
+    losses = {factor: loss(factor) for factor in _BLOCK_COARSE}
+    centre = min(losses, key=lambda f: (losses[f], -f))
+    losses |= {round(centre + step, 3): loss(centre + step) for step in _BLOCK_FINE}
+    return min(losses, key=lambda f: (losses[f], -f))
+
+
+def _best_by_head(start: Tensor, search: str, loss) -> tuple[Tensor, Tensor]:
+    """Factor and scale of each KV head by a plain grid; `loss` maps scales [G] to errors [G]."""
+    best = torch.ones_like(start)
+    if search != "none":
+        lowest = loss(start)
+        for factor in _KV_GRID[1:]:
+            candidate = loss(start * factor)
+            best = torch.where(candidate < lowest, torch.full_like(best, factor), best)
+            lowest = torch.minimum(candidate, lowest)
+    return best, start * best
+
+
+def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
+    """Sets the value scales, each head by the squared error of its values."""
+    values = torch.cat([value for _, _, value in sites.heads()])  # [n, G, T, D]
+
+    def loss(scale: Tensor) -> Tensor:
+        scale = scale.view(-1, 1, 1)
+        return (dequantize(quantize(values, scale, bits), scale) - values).square().sum(dim=(0, 2, 3))
+
+    factor, scale = _best_by_head(absmax_scale(values.abs().amax(dim=(0, 2, 3)), bits), search, loss)
+    sites.attention.kv.value_scale.copy_(scale)
+    return {"value": scale.tolist(), "value_factor": factor.tolist()}
+
+
+def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
+    """Sets the key scales, each head by the squared error of its attention probabilities, prefix and mask included."""
+    heads = sites.heads()
+    attention, mask = sites.attention, sites.body.mask[0, 0]
+    groups = attention.kv_heads
+    prefix = attention.prefix_k.float()
+
+    def probabilities(query: Tensor, key: Tensor) -> Tensor:
+        query = query[0].view(groups, -1, *query.shape[2:])  # [G, H / G, T, D]
+        ahead = query @ prefix.transpose(1, 2).unsqueeze(1)
+        body = (query @ key[0].transpose(1, 2).unsqueeze(1)).masked_fill(~mask, float("-inf"))
+        return torch.softmax(torch.cat((ahead, body), dim=-1) * attention.scaling, dim=-1)
+
+    def loss(scale: Tensor) -> Tensor:
+        scale = scale.view(-1, 1, 1)
+        total = torch.zeros(groups, device=scale.device)
+        for (query, key, _), target in zip(heads, targets, strict=True):
+            error = probabilities(query, dequantize(quantize(key, scale, bits), scale)) - target
+            total += error.square().sum(dim=(1, 2, 3))
+        return total
+
+    targets = [probabilities(query, key) for query, key, _ in heads]
+    absmax = torch.stack([key.abs().amax(dim=(0, 2, 3)) for _, key, _ in heads]).amax(dim=0)
+    factor, scale = _best_by_head(absmax_scale(absmax, bits), search, loss)
+    sites.attention.kv.key_scale.copy_(scale)
+    return {"key": scale.tolist(), "key_factor": factor.tolist()}
