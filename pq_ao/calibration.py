@@ -17,13 +17,12 @@ from pq_ao.modules import (
     FixedDtype,
     Path,
     PrefixAttention,
-    attention_modules,
     on_path,
     path_switches,
 )
 from pq_ao.prefix import PrefixReport, find_prefix, outlier_statistics
 from pq_ao.rotation import check_weights, rotate_
-from pq_ao.rounding import round_nearest
+from pq_ao.rounding import LayerInputs, corrected_bias, round_nearest
 from pq_ao.scale_search import BlockSites, search_activations, search_keys, search_values
 from pq_ao.tensors import PackedWeight
 
@@ -186,7 +185,14 @@ def _calibrate_block(
 ) -> dict:
     attention, mlp = _attention(layer, family), layer.get_submodule(family.mlp)
     sites = BlockSites(layer, family, body)
-    inputs = sites.observe()
+    ranges = sites.observe()
+    scales: dict[str, float | list[float]] = {}
+    if config.mode == "static":
+        scales |= search_activations(sites, ranges, config.act_bits, search)
+        if config.kv_bits < 16:
+            scales |= search_values(sites, config.kv_bits, search)
+            scales |= search_keys(sites, config.kv_bits, search)
+    inputs = sites.layer_inputs()
     linears: dict[str, CalibratedLinear] = {
         "attn_in": attention.qkv_proj,
         "o_in": attention.o_proj,
@@ -194,15 +200,17 @@ def _calibrate_block(
         "down_in": mlp.down_proj,
     }
     for site, linear in linears.items():
-        codes, scale = round_nearest(linear.weight, config.weight_bits, inputs[site].gram)
-        linear.packed = PackedWeight.from_codes(codes, scale, config.weight_bits, linear.fixed_dtype)
-    scales: dict[str, float | list[float]] = {}
-    if config.mode == "static":
-        scales |= search_activations(sites, inputs, config.act_bits, search)
-        if config.kv_bits < 16:
-            scales |= search_values(sites, config.kv_bits, search)
-            scales |= search_keys(sites, config.kv_bits, search)
+        _round(linear, inputs[site], config)
     return scales
+
+
+def _round(linear: CalibratedLinear, inputs: LayerInputs, config: PrefixQuantConfig) -> None:
+    codes, scale = round_nearest(linear.weight, config.weight_bits, inputs)
+    linear.packed = PackedWeight.from_codes(codes, scale, config.weight_bits, linear.fixed_dtype)
+    bias = None if linear.bias is None else linear.bias.float()
+    if config.mode == "static":
+        bias = corrected_bias(linear.weight, bias, codes, scale, inputs)
+    linear.packed_bias = bias
 
 
 def _cast_block(layer: nn.Module, dtype: torch.dtype) -> None:
@@ -235,6 +243,3 @@ def _check_arguments(
     if not model.dtype.is_floating_point or model.dtype.itemsize < 2:
         raise ValueError(f"model: dtype {model.dtype} is not supported; load it with dtype=torch.bfloat16.")
     family_of(model)
-
-
-__all__ = ["CalibrationRecord", "attention_modules", "calibrate"]

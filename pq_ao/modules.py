@@ -63,19 +63,30 @@ class KeptLinear(FixedDtype, nn.Linear):
 class ActivationQuantizer(nn.Module):
     """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
 
+    In static mode the mean of each channel is taken off before quantizing; what it contributes to the linear is
+    constant, and stands in the bias. So the codes spend their range on what changes from token to token.
+
     Attributes:
         scale: float32 (1,), static scale; unused in dynamic mode.
+        shift: float32 [K], static mean of each channel; None in dynamic mode.
         path: see `Path`.
         observer: called with the float32 tensor before it is quantized; calibration sets it.
     """
 
-    def __init__(self, config: PrefixQuantConfig, device: torch.device):
+    def __init__(self, config: PrefixQuantConfig, width: int, device: torch.device):
         super().__init__()
         self.bits = config.act_bits
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
         self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("shift", None if self.dynamic else torch.zeros(width, device=device))
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 codes of x - shift, and their scale (1,) or [..., 1]."""
+        if self.dynamic:
+            return quantize_per_row(x, self.bits)
+        return quantize(x.float() - self.shift, self.scale, self.bits), self.scale
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
@@ -83,12 +94,10 @@ class ActivationQuantizer(nn.Module):
             self.observer(x)
         if self.path is Path.FLOAT:
             return x.to(dtype)
-        if self.dynamic:
-            codes, scale = quantize_per_row(x, self.bits)
-        else:
-            codes, scale = quantize(x, self.scale, self.bits), self.scale
+        codes, scale = self.codes(x)
         if self.path is Path.REFERENCE:
-            return dequantize(codes, scale)
+            restored = dequantize(codes, scale)
+            return restored if self.shift is None else restored + self.shift
         return QuantizedActivation(codes, scale, dtype)
 
 
@@ -108,11 +117,11 @@ class KVQuantizer(nn.Module):
         self.register_buffer("key_scale", torch.ones(kv_heads, device=device))
         self.register_buffer("value_scale", torch.ones(kv_heads, device=device))
 
-    def _codes(self, x_BGLD: Tensor, static_scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, x_BGLD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         if self.dynamic:
             codes, scale = quantize_per_row(x_BGLD, self.bits)
             return codes, scale.squeeze(-1)
-        return quantize(x_BGLD, static_scale.view(-1, 1, 1), self.bits), static_scale
+        return quantize(x_BGLD, scale.view(-1, 1, 1), self.bits), scale
 
     def forward(
         self, key_BGLD: Tensor, value_BGLD: Tensor, dtype: torch.dtype
@@ -125,8 +134,7 @@ class KVQuantizer(nn.Module):
         if self.path is Path.INTEGER:
             return key, value, key_scale, value_scale
         shape = (-1, 1, 1) if key_scale.ndim == 1 else (*key_scale.shape, 1)
-        key, value = dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape))
-        return key, value, None, None
+        return dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape)), None, None
 
 
 class CalibratedLinear(FixedDtype, nn.Linear):
@@ -135,8 +143,9 @@ class CalibratedLinear(FixedDtype, nn.Linear):
     Attributes:
         config: the scheme that it was calibrated for.
         packed: final codes and scales, a `PackedWeight`; None before calibration and after `quantize_`.
-        site: name of its input, one of A1 to A4.
-        quantizers: what goes over to integers together with this linear (owned by the modules that feed it).
+        packed_bias: float32 [N], the bias that goes with the codes, or None.
+        quantizers: what goes over to integers together with this linear, its input's quantizer first; owned by the
+            modules that feed it.
     """
 
     def __init__(
@@ -154,19 +163,23 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         self.quantizers = quantizers
         self.path = Path.FLOAT
         self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("packed_bias", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in the model's dtype."""
         if self.path is not Path.REFERENCE:
             return nn.functional.linear(x, self.weight, self.bias)
-        weight = self.weight if isinstance(self.weight, PackedWeight) else self.packed
-        bias = None if self.bias is None else self.bias.float()
+        is_packed = isinstance(self.weight, PackedWeight)
+        weight, bias = (self.weight, self.bias) if is_packed else (self.packed, self.packed_bias)
+        shift = self.quantizers[0].shift
+        x = x if shift is None else x - shift  # its product with the weight stands in the bias
         return nn.functional.linear(x.float(), weight.dequantize(), bias).to(self.fixed_dtype)
 
     def pack_(self) -> None:
         """Drops the floating-point weight for the codes, and sends this linear and its quantizers over to integers."""
         self.weight = nn.Parameter(self.packed, requires_grad=False)
-        self.packed = None
+        self.bias = None if self.packed_bias is None else nn.Parameter(self.packed_bias, requires_grad=False)
+        self.packed = self.packed_bias = None
         for module in (self, *self.quantizers):
             module.path = Path.INTEGER
 
@@ -347,7 +360,7 @@ def on_path(modules: list[nn.Module], path: Path) -> Iterator[None]:
 
 @contextmanager
 def reference_path(model: nn.Module) -> Iterator[None]:
-    """Runs a calibrated or quantized model in quantize-dequantize float32 arithmetic: what integers are checked against.
+    """Runs a calibrated or quantized model in quantize-dequantize float32, which integers are checked against.
 
     Example::
 

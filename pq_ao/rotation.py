@@ -117,7 +117,10 @@ class _BlockBuilder:
         """Exchanges norms, attention and MLP of `layer`."""
         family, rotation = self.family, self.rotation
         device = layer.get_submodule(family.down).weight.device
-        attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(self.config, device) for _ in range(4))
+        widths = (
+            layer.get_submodule(name).in_features for name in (family.query, family.output, family.up, family.down)
+        )
+        attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(self.config, width, device) for width in widths)
         kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, device)
 
         norm = layer.get_submodule(family.attention_norm)

@@ -1,5 +1,7 @@
 """Weight codes: nearest rounding, each output channel's scale searched for the least output error."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,31 +15,49 @@ _FINE = tuple(round(i / 100, 3) for i in (-4, -3, -2, -1, 1, 2, 3, 4))
 _MIN_WEIGHT_SCALE = 1e-8
 
 
-def round_nearest(weight: Tensor, bits: int, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+@dataclass
+class LayerInputs:
+    """What rounding needs of a linear's inputs x (shift taken off) and of their quantized form z, over all tokens.
+
+    Attributes:
+        gram: float32 [K, K], sum of z^T z.
+        cross: float32 [K, K], sum of z^T x.
+        mean: float32 [K], mean of the inputs with their shift.
+        quantized_mean: float32 [K], mean of z.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    mean: Tensor
+    quantized_mean: Tensor
+
+
+def round_nearest(weight: Tensor, bits: int, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight, each row's scale chosen on a plain grid of factors.
 
-    The loss of row n is the error of output channel n over the calibration tokens, dw G dw^T with
-    G = sum of x^T x over the inputs x.
+    The loss of row w is the squared error of its output over the calibration tokens, with the inputs as they will be
+    quantized: sum (x w - z v)^2 = const - 2 v C w + v G v, where v is the rounded row and G, C are gram and cross.
 
     Args:
         weight: float32 [N, K].
         bits: 4 or 8.
-        gram: float32 [K, K]; None scores by the weight's own squared error.
+        inputs: see `LayerInputs`.
 
     Returns:
         int8 codes [N, K] and float32 scales [N].
     """
     start = absmax_scale(weight.abs().amax(dim=1), bits, floor=_MIN_WEIGHT_SCALE)
+    target = weight @ inputs.cross.T  # [N, K], row by row C w
 
     def loss(factor: Tensor) -> Tensor:
         scale = (start * factor)[:, None]
-        error = dequantize(quantize(weight, scale, bits), scale) - weight
-        return ((error if gram is None else error @ gram) * error).sum(dim=1)
+        rounded = dequantize(quantize(weight, scale, bits), scale)
+        return (rounded * (rounded @ inputs.gram - 2 * target)).sum(dim=1)
 
     best = torch.ones_like(start)
     lowest = loss(best)
-    for steps, around in ((_COARSE[1:], torch.zeros_like(best)), (_FINE, None)):
-        centre = best.clone() if around is None else around
+    for steps, refine in ((_COARSE[1:], False), (_FINE, True)):
+        centre = best if refine else torch.zeros_like(best)
         for step in steps:
             factor = centre + step
             candidate = loss(factor)
@@ -46,3 +66,12 @@ def round_nearest(weight: Tensor, bits: int, gram: Tensor | None) -> tuple[Tenso
             best = torch.where(better, factor, best)
     scale = start * best
     return quantize(weight, scale[:, None], bits), scale
+
+
+def corrected_bias(weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, inputs: LayerInputs) -> Tensor:
+    """float32 [N] bias with which the quantized linear has the mean output of the floating-point one.
+
+    It holds what the inputs' shift contributes, and takes off the mean error of rounding.
+    """
+    mean_output = weight @ inputs.mean - (codes.float() @ inputs.quantized_mean) * scale
+    return mean_output if bias is None else mean_output + bias.float()

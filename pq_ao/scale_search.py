@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pq_ao.families import DecoderFamily
 from pq_ao.modules import ActivationQuantizer, Path, on_path
 from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize
+from pq_ao.rounding import LayerInputs
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 
@@ -27,17 +28,15 @@ _HISTOGRAM_BINS = 16384
 
 
 @dataclass
-class SiteInputs:
-    """Statistics of one activation site.
+class SiteRange:
+    """Range of one activation site, its shift taken off.
 
     Attributes:
         absmax: largest |x| over all tokens.
-        gram: float32 [K, K], sum of x^T x.
         histogram: float64 [bins] of x over [-absmax, absmax].
     """
 
     absmax: float
-    gram: Tensor
     histogram: Tensor
 
 
@@ -53,6 +52,8 @@ class BlockSites:
         self.layer, self.body = layer, body
         self.attention = layer.get_submodule(family.attention)
         self.norm = layer.get_submodule(family.attention_norm)
+        self.tokens = body.hidden.shape[0] * body.hidden.shape[1]
+        self.means: dict[str, Tensor] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {
             "attn_in": self.norm.quantizer,
             "o_in": self.attention.o_in,
@@ -60,35 +61,63 @@ class BlockSites:
             "down_in": layer.get_submodule(family.mlp).down_in,
         }
 
-    def observe(self) -> dict[str, SiteInputs]:
-        """Two passes over all sequences: maxima and Gram matrices, then histograms.
+    def observe(self) -> dict[str, SiteRange]:
+        """Two passes over all sequences: means and extremes, from which come the shifts; then histograms.
 
         Raises:
             ValueError: an activation is NaN or Inf.
         """
-        absmax: dict[str, Tensor] = {}
-        grams: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        low: dict[str, Tensor] = {}
+        high: dict[str, Tensor] = {}
 
-        def first(site: str, x: Tensor) -> None:
+        def extremes(site: str, x: Tensor) -> None:
             rows = x.flatten(0, -2)
-            largest, gram = rows.abs().amax(), rows.T @ rows
-            absmax[site] = torch.maximum(absmax[site], largest) if site in absmax else largest
-            grams[site] = grams[site] + gram if site in grams else gram
+            _accumulate(sums, site, rows.sum(dim=0, dtype=torch.float64))
+            _accumulate(low, site, rows.amin(dim=0), torch.minimum)
+            _accumulate(high, site, rows.amax(dim=0), torch.maximum)
 
-        self._watch(first)
-        limits = {site: float(value) for site, value in absmax.items()}
-        for site, limit in limits.items():
-            if not limit < float("inf"):  # catches NaN as well
-                raise ValueError(f"model: the activation {site} of a block is {limit}; check weights and data.")
-        histograms = {
-            site: torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64, device=grams[site].device) for site in SITES
+        self._watch(extremes)
+        absmax = {}
+        for site, quantizer in self.quantizers.items():
+            self.means[site] = (sums[site] / self.tokens).float()
+            if quantizer.shift is not None:
+                quantizer.shift.copy_(self.means[site])
+            shift = 0 if quantizer.shift is None else quantizer.shift
+            absmax[site] = float(torch.maximum(high[site] - shift, shift - low[site]).amax())
+            if not absmax[site] < float("inf"):  # catches NaN as well
+                raise ValueError(f"model: the activation {site} of a block is {absmax[site]}; check weights and data.")
+        device = self.means["attn_in"].device
+        histograms = {site: torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64, device=device) for site in SITES}
+
+        def histogram(site: str, x: Tensor) -> None:
+            shift = self.quantizers[site].shift
+            x = x if shift is None else x - shift
+            histograms[site] += torch.histc(x, _HISTOGRAM_BINS, -absmax[site], absmax[site]).double()
+
+        self._watch(histogram)
+        return {site: SiteRange(absmax[site], histograms[site]) for site in SITES}
+
+    def layer_inputs(self) -> dict[str, LayerInputs]:
+        """A pass over all sequences, with the scales that are set now: what rounding needs (`pq_ao.rounding`)."""
+        grams: dict[str, Tensor] = {}
+        crosses: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+
+        def products(site: str, x: Tensor) -> None:
+            quantizer = self.quantizers[site]
+            z = dequantize(*quantizer.codes(x)).flatten(0, -2)
+            x = x.flatten(0, -2)
+            x = x if quantizer.shift is None else x - quantizer.shift
+            _accumulate(grams, site, z.T @ z)
+            _accumulate(crosses, site, z.T @ x)
+            _accumulate(sums, site, z.sum(dim=0, dtype=torch.float64))
+
+        self._watch(products)
+        return {
+            site: LayerInputs(grams[site], crosses[site], self.means[site], (sums[site] / self.tokens).float())
+            for site in SITES
         }
-
-        def second(site: str, x: Tensor) -> None:
-            histograms[site] += torch.histc(x, _HISTOGRAM_BINS, -limits[site], limits[site]).double()
-
-        self._watch(second)
-        return {site: SiteInputs(limits[site], grams[site], histograms[site]) for site in SITES}
 
     def _watch(self, observer) -> None:
         for site, quantizer in self.quantizers.items():
@@ -108,23 +137,27 @@ class BlockSites:
         ]
 
 
-def _histogram_error(inputs: SiteInputs, scale: float, bits: int) -> float:
-    bins = inputs.histogram.numel()
-    centres = torch.arange(bins, dtype=torch.float64, device=inputs.histogram.device)
-    centres = ((centres + 0.5) * (2 / bins) - 1) * inputs.absmax
+def _accumulate(totals: dict[str, Tensor], site: str, value: Tensor, join=torch.add) -> None:
+    totals[site] = join(totals[site], value) if site in totals else value
+
+
+def _histogram_error(site: SiteRange, scale: float, bits: int) -> float:
+    bins = site.histogram.numel()
+    centres = torch.arange(bins, dtype=torch.float64, device=site.histogram.device)
+    centres = ((centres + 0.5) * (2 / bins) - 1) * site.absmax
     low, high = code_range(bits)
     error = centres - torch.clamp(torch.round(centres / scale), low, high) * scale
-    return float((inputs.histogram * error.square()).sum())
+    return float((site.histogram * error.square()).sum())
 
 
-def search_activations(sites: BlockSites, inputs: dict[str, SiteInputs], bits: int, search: str) -> dict[str, float]:
+def search_activations(sites: BlockSites, ranges: dict[str, SiteRange], bits: int, search: str) -> dict[str, float]:
     """Sets the four static activation scales; returns them with their factors."""
     found: dict[str, float] = {}
     for site in ("o_in", "down_in", "attn_in", "mlp_in"):  # the order of method section 4.2
-        start = float(absmax_scale(torch.tensor(inputs[site].absmax), bits))
+        start = float(absmax_scale(torch.tensor(ranges[site].absmax), bits))
         factor = 1.0
         if search == "tensor":
-            factor = min(_ACTIVATION_GRID, key=lambda f: _histogram_error(inputs[site], start * f, bits))
+            factor = min(_ACTIVATION_GRID, key=lambda f: _histogram_error(ranges[site], start * f, bits))
         elif search == "block":
             factor = _search_block(sites, site, start)
         sites.quantizers[site].scale.fill_(start * factor)
@@ -178,28 +211,33 @@ def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[f
 
 
 def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
-    """Sets the key scales, each head by the squared error of its attention probabilities, prefix and mask included."""
-    heads = sites.heads()
+    """Sets the key scales, each head by the squared error of its attention output, prefix and mask included.
+
+    The output, not the probabilities alone as in method section 4.2: an error on a token whose value matters little
+    should count little.
+    """
     attention, mask = sites.attention, sites.body.mask[0, 0]
     groups = attention.kv_heads
-    prefix = attention.prefix_k.float()
+    heads = sites.heads()
+    prefix_k, prefix_v = attention.prefix_k.float(), attention.prefix_v.float()
 
-    def probabilities(query: Tensor, key: Tensor) -> Tensor:
+    def outputs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = query[0].view(groups, -1, *query.shape[2:])  # [G, H / G, T, D]
-        ahead = query @ prefix.transpose(1, 2).unsqueeze(1)
+        ahead = query @ prefix_k.transpose(1, 2).unsqueeze(1)
         body = (query @ key[0].transpose(1, 2).unsqueeze(1)).masked_fill(~mask, float("-inf"))
-        return torch.softmax(torch.cat((ahead, body), dim=-1) * attention.scaling, dim=-1)
+        probabilities = torch.softmax(torch.cat((ahead, body), dim=-1) * attention.scaling, dim=-1)
+        return probabilities @ torch.cat((prefix_v, value[0]), dim=1).unsqueeze(1)
 
     def loss(scale: Tensor) -> Tensor:
         scale = scale.view(-1, 1, 1)
         total = torch.zeros(groups, device=scale.device)
-        for (query, key, _), target in zip(heads, targets, strict=True):
-            error = probabilities(query, dequantize(quantize(key, scale, bits), scale)) - target
+        for (query, key, value), target in zip(heads, targets, strict=True):
+            error = outputs(query, dequantize(quantize(key, scale, bits), scale), value) - target
             total += error.square().sum(dim=(1, 2, 3))
         return total
 
-    targets = [probabilities(query, key) for query, key, _ in heads]
+    targets = [outputs(*head) for head in heads]
     absmax = torch.stack([key.abs().amax(dim=(0, 2, 3)) for _, key, _ in heads]).amax(dim=0)
     factor, scale = _best_by_head(absmax_scale(absmax, bits), search, loss)
-    sites.attention.kv.key_scale.copy_(scale)
+    attention.kv.key_scale.copy_(scale)
     return {"key": scale.tolist(), "key_factor": factor.tolist()}
