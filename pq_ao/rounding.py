@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pq_ao.ops.quantize import absmax_scale, dequantize, quantize
 
-# factors on the absmax scale: the plain grid of method section 4.2, extended down, then refined around the best
-_COARSE = tuple(round(1 - i / 20, 3) for i in range(13))
-_FINE = tuple(round(i / 100, 3) for i in (-4, -3, -2, -1, 1, 2, 3, 4))
+# factors on the absmax scale: a plain grid, further down than method section 4.2's, refined around the best
+_COARSE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_FINE = (-0.05, -0.025, 0.025, 0.05)
 
 # weight scales may be far smaller than those of activations: small models have rows of 1e-3
 _MIN_WEIGHT_SCALE = 1e-8

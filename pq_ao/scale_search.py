@@ -6,6 +6,7 @@ and sees the prefix.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 _ACTIVATION_GRID = tuple(round(0.10 + 0.02 * i, 3) for i in range(46))
 _BLOCK_COARSE = tuple(round(0.10 + 0.05 * i, 3) for i in range(19))
 _BLOCK_FINE = (-0.04, -0.03, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04)
-_KV_GRID = tuple(round(1 - i / 40, 3) for i in range(25))
+_KV_COARSE = tuple(round(1 - i / 20, 3) for i in range(13))
+_KV_FINE = (-0.025, 0.025)
 
 _SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
+_SEARCH_QUERIES = 128  # of each sequence, evenly spread, for the key search: keys matter to all of them alike
 _HISTOGRAM_BINS = 16384
 
 
@@ -54,6 +57,7 @@ class BlockSites:
         self.norm = layer.get_submodule(family.attention_norm)
         self.tokens = body.hidden.shape[0] * body.hidden.shape[1]
         self.means: dict[str, Tensor] = {}
+        self._recorded: list[tuple[str, Tensor]] = []
         self.quantizers: dict[str, ActivationQuantizer] = {
             "attn_in": self.norm.quantizer,
             "o_in": self.attention.o_in,
@@ -120,15 +124,28 @@ class BlockSites:
         }
 
     def _watch(self, observer) -> None:
+        """Shows `observer` the input of every site; a single batch is run once and remembered."""
+        for site, x in self._recorded:
+            observer(site, x)
+        if self._recorded:
+            return
+        batches = self.body.batches()
+
+        def notice(site: str, x: Tensor) -> None:
+            observer(site, x)
+            if len(batches) == 1:
+                self._recorded.append((site, x))
+
         for site, quantizer in self.quantizers.items():
-            quantizer.observer = lambda x, site=site: observer(site, x)
+            quantizer.observer = lambda x, site=site: notice(site, x)
         try:
-            for batch in self.body.batches():
+            for batch in batches:
                 self.body.run(self.layer, batch)
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.observer = None
 
+    @cached_property
     def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """q [1, H, T, D], k and v [1, G, T, D] of the first sequences, in float32."""
         return [
@@ -188,18 +205,22 @@ def _search_block(sites: BlockSites, site: str, start: float) -> float:
 def _best_by_head(start: Tensor, search: str, loss) -> tuple[Tensor, Tensor]:
     """Factor and scale of each KV head by a plain grid; `loss` maps scales [G] to errors [G]."""
     best = torch.ones_like(start)
-    if search != "none":
-        lowest = loss(start)
-        for factor in _KV_GRID[1:]:
+    if search == "none":
+        return best, start
+    lowest = loss(start)
+    for steps, refine in ((_KV_COARSE[1:], False), (_KV_FINE, True)):
+        centre = best if refine else torch.zeros_like(best)
+        for step in steps:
+            factor = centre + step
             candidate = loss(start * factor)
-            best = torch.where(candidate < lowest, torch.full_like(best, factor), best)
+            best = torch.where(candidate < lowest, factor, best)
             lowest = torch.minimum(candidate, lowest)
     return best, start * best
 
 
 def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
     """Sets the value scales, each head by the squared error of its values."""
-    values = torch.cat([value for _, _, value in sites.heads()])  # [n, G, T, D]
+    values = torch.cat([value for _, _, value in sites.heads])  # [n, G, T, D]
 
     def loss(scale: Tensor) -> Tensor:
         scale = scale.view(-1, 1, 1)
@@ -216,24 +237,27 @@ def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[flo
     The output, not the probabilities alone as in method section 4.2: an error on a token whose value matters little
     should count little.
     """
-    attention, mask = sites.attention, sites.body.mask[0, 0]
+    attention = sites.attention
     groups = attention.kv_heads
-    heads = sites.heads()
+    stride = max(1, sites.body.hidden.shape[1] // _SEARCH_QUERIES)
+    mask = sites.body.mask[0, 0, ::stride]
+    heads = [(query[:, :, ::stride], key, value) for query, key, value in sites.heads]
     prefix_k, prefix_v = attention.prefix_k.float(), attention.prefix_v.float()
 
     def outputs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = query[0].view(groups, -1, *query.shape[2:])  # [G, H / G, T, D]
-        ahead = query @ prefix_k.transpose(1, 2).unsqueeze(1)
-        body = (query @ key[0].transpose(1, 2).unsqueeze(1)).masked_fill(~mask, float("-inf"))
-        probabilities = torch.softmax(torch.cat((ahead, body), dim=-1) * attention.scaling, dim=-1)
-        return probabilities @ torch.cat((prefix_v, value[0]), dim=1).unsqueeze(1)
+        query = query[0].reshape(groups, -1, query.shape[-1]) * attention.scaling  # [G, H / G * queries, D]
+        keys = torch.cat((prefix_k, key[0]), dim=1)
+        scores = (query @ keys.transpose(1, 2)).unflatten(1, (-1, mask.shape[0]))
+        scores[..., prefix_k.shape[1] :].masked_fill_(~mask, float("-inf"))
+        probabilities = torch.softmax(scores, dim=-1).flatten(1, 2)
+        return probabilities @ torch.cat((prefix_v, value[0]), dim=1)
 
     def loss(scale: Tensor) -> Tensor:
         scale = scale.view(-1, 1, 1)
         total = torch.zeros(groups, device=scale.device)
         for (query, key, value), target in zip(heads, targets, strict=True):
             error = outputs(query, dequantize(quantize(key, scale, bits), scale), value) - target
-            total += error.square().sum(dim=(1, 2, 3))
+            total += error.square().sum(dim=(1, 2))
         return total
 
     targets = [outputs(*head) for head in heads]

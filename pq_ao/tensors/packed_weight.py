@@ -49,7 +49,8 @@ class PackedWeight(TorchAOBaseTensor):
             bits: 4 or 8.
             hp_dtype: dtype of the model around it.
         """
-        qdata = pack_int4(codes) if bits == 4 else codes.contiguous()
+        codes = codes.contiguous()
+        qdata = pack_int4(codes) if bits == 4 else codes
         return cls(qdata, scale, codes.shape[1], hp_dtype)
 
     @property

@@ -12,8 +12,8 @@ aten = torch.ops.aten
 class QuantizedActivation(TorchAOBaseTensor):
     """Integer codes and their scale; stands for `qdata * scale`.
 
-    It goes into linears with a `PackedWeight`, and through view, reshape, contiguous and slice (not along the last
-    axis where scales are per row). Any other operation raises: nothing is dequantized in silence.
+    It goes into linears with a `PackedWeight`, and through view, reshape, contiguous and slice (view and reshape keep
+    the last axis where scales are per row). Any other operation raises: nothing is dequantized in silence.
 
     Tensor data:
         qdata: int8 codes [..., K].
@@ -62,6 +62,15 @@ def _with_shape(x: QuantizedActivation, qdata: Tensor) -> QuantizedActivation:
 def _(func, types, args, kwargs):
     x, shape = args
     return _with_shape(x, x.qdata.reshape(shape))
+
+
+@implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    x, kwargs = args[0], dict(kwargs)
+    dtype = kwargs.pop("dtype", x.hp_dtype)
+    if dtype != x.hp_dtype:
+        raise ValueError(f"QuantizedActivation: cannot convert codes of {x.hp_dtype} to {dtype}; use dequantize().")
+    return x._apply_fn_to_data(lambda t: func(t, **kwargs))
 
 
 @implements([aten.slice.Tensor])
