@@ -21,6 +21,7 @@ _HOME = {
     "perplexity": "pq_ao.evaluation",
     "explain": "pq_ao.explain",
     "memory": "pq_ao.explain",
+    "live_bytes": "pq_ao.explain",
 }
 
 __all__ = sorted(_HOME)

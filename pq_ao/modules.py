@@ -29,15 +29,20 @@ class Path(Enum):
 class FixedDtype(nn.Module):
     """A module whose dtype was fixed by calibration: `.half()`, `.to(dtype)` and their kin raise."""
 
-    fixed_dtype: torch.dtype
+    fixed_dtype: torch.dtype = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for dtype in (self.fixed_dtype, torch.float32):  # scales are float32 whatever the model is
             became = fn(torch.empty(0, dtype=dtype)).dtype
             if became != dtype:
+                remedy = (
+                    "Leave the conversion out: only the scales, which stay float32, have another dtype."
+                    if became == self.fixed_dtype
+                    else f"Load the original model with dtype={became} and calibrate that."
+                )
                 raise ValueError(
                     f"A calibrated model cannot be converted to {became}: its codes and scales belong to "
-                    f"{self.fixed_dtype}. Load the original model with dtype={became} and calibrate that."
+                    f"{self.fixed_dtype}. {remedy}"
                 )
         return super()._apply(fn, recurse)
 
@@ -60,7 +65,7 @@ class KeptLinear(FixedDtype, nn.Linear):
         self.fixed_dtype = weight.dtype
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(FixedDtype):
     """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
 
     In static mode the mean of each channel is taken off before quantizing; what it contributes to the linear is
@@ -101,7 +106,7 @@ class ActivationQuantizer(nn.Module):
         return QuantizedActivation(codes, scale, dtype)
 
 
-class KVQuantizer(nn.Module):
+class KVQuantizer(FixedDtype):
     """Keys and values, per KV head: static scales, or one scale for each token and head in dynamic mode.
 
     Attributes:
@@ -186,9 +191,13 @@ class CalibratedLinear(FixedDtype, nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         incoming = state_dict.get(f"{prefix}weight")
         error_msgs = args[-1]
-        if isinstance(incoming, PackedWeight) and not isinstance(self.weight, PackedWeight):
+        is_packed = isinstance(self.weight, PackedWeight)
+        if incoming is not None and isinstance(incoming, PackedWeight) != is_packed:
             error_msgs.append(
-                f"{prefix}weight is quantized (PackedWeight) in the state_dict, but this model's is not: "
+                f"{prefix}weight is floating point in the state_dict, but this model is quantized: "
+                "load it before `quantize_`."
+                if is_packed
+                else f"{prefix}weight is quantized (PackedWeight) in the state_dict, but this model's is not: "
                 "call `quantize_(model, config)` before load_state_dict."
             )
             return

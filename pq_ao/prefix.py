@@ -169,14 +169,12 @@ def bos_role(tokenizer: PreTrainedTokenizerBase) -> int:
 def _check_inputs(tokenizer: PreTrainedTokenizerBase, windows: Tensor, bos_id: int) -> dict[str, list[Tensor]]:
     texts = [ids.cpu()[:_CHECK_LENGTH] for ids in windows[:_CHECK_SEQUENCES]]
     bos = torch.tensor([bos_id])
-    inputs = {
-        "plain text": texts,
-        "BOS + text": [torch.cat((bos, ids)) for ids in texts],
-        "BOS BOS text": [torch.cat((bos, bos, ids)) for ids in texts],
-    }
+    inputs = {"plain text": texts}
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(list(_CONVERSATION), tokenize=False, add_generation_prompt=True)
         inputs["chat"] = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)]
+    inputs["BOS + text"] = [torch.cat((bos, ids)) for ids in texts]
+    inputs["BOS BOS text"] = [torch.cat((bos, bos, ids)) for ids in texts]
     return inputs
 
 
@@ -187,6 +185,15 @@ def worst_ratios(
     return {
         kind: max(float(token_ratios(model, ids, prefix_ids).max()) for ids in batch) for kind, batch in inputs.items()
     }
+
+
+def _holds(model: PreTrainedModel, inputs: dict[str, list[Tensor]], prefix_ids: Sequence[int]) -> bool:
+    """Whether no token of any input is an outlier; stops at the first that is, hardest kinds first."""
+    return all(
+        float(token_ratios(model, ids, prefix_ids).max()) <= OUTLIER_THRESHOLD
+        for kind in reversed(inputs)
+        for ids in inputs[kind]
+    )
 
 
 def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> list[int]:
@@ -224,11 +231,11 @@ def find_prefix(
     before = worst_ratios(model, inputs)
     if prefix_ids is not None:
         chosen, rule, statistics = tuple(prefix_ids), None, None
-        after = worst_ratios(model, inputs, chosen)
     else:
         statistics = outlier_statistics(model, windows)
         rule = prefix_by_rule(statistics, bos_id)
-        chosen, after = _mend(model, inputs, rule, _ordinary_tokens(tokenizer, windows))
+        chosen = _mend(model, inputs, rule, _ordinary_tokens(tokenizer, windows))
+    after = worst_ratios(model, inputs, chosen)
     failing = {kind: round(ratio, 1) for kind, ratio in after.items() if ratio > OUTLIER_THRESHOLD}
     if failing:
         warnings.warn(
@@ -242,20 +249,16 @@ def find_prefix(
 
 def _mend(
     model: PreTrainedModel, inputs: dict[str, list[Tensor]], rule: tuple[int, ...], ordinary: list[int]
-) -> tuple[tuple[int, ...], dict[str, float]]:
-    """The rule's prefix where it holds, else the first that does with an ordinary token beside BOS, else the best."""
+) -> tuple[int, ...]:
+    """The rule's prefix, or the first that holds with an ordinary token beside BOS; the rule's where none does."""
     trials = [rule]
     for token in ordinary:
         trials += [(*rule, token), (*rule[:-1], token, rule[-1])]
-    best: tuple[tuple[int, ...], dict[str, float]] | None = None
     for trial in trials:
-        ratios = worst_ratios(model, inputs, trial)
-        if best is None or max(ratios.values()) < max(best[1].values()):
-            best = trial, ratios
-        if max(ratios.values()) <= OUTLIER_THRESHOLD:
-            return trial, ratios
-        logger.info("prefix %s does not hold: %s", trial, ratios)
-    return best
+        if _holds(model, inputs, trial):
+            return trial
+        logger.info("prefix %s does not hold", trial)
+    return rule
 
 
 def _check_ids(prefix_ids: Sequence[int], vocab_size: int) -> None:

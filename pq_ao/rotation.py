@@ -209,7 +209,7 @@ def rotate_(
     head = rotation.reads_residual(head * final_norm.weight.double()).to(dtype)
     table = rotation.reads_residual(embedding.weight.detach().double()).to(dtype)
     model.config.tie_word_embeddings = False
-    model._tied_weights_keys = None  # or a save would tie them again
+    model._tied_weights_keys, model.all_tied_weights_keys = None, {}  # or a save would tie them again
     replace_submodule(model, family.embedding, KeptEmbedding(table, embedding.padding_idx))
     replace_submodule(model, family.head, KeptLinear(head, None if head_bias is None else head_bias.to(dtype)))
     final_norm.weight.fill_(1)

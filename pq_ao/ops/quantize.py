@@ -6,6 +6,10 @@ from torch import Tensor
 # the reference clamps every scale to this range (method section 1.1)
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 
+# A row's largest value, -7.5 scales, would sit on the edge between two codes, and the last bit of its computation
+# choose between them. A scale smaller by this factor keeps it clear: it becomes -8, as half-to-even means it to.
+_OFF_THE_EDGE = 1 - 2**-9
+
 
 def code_range(bits: int) -> tuple[int, int]:
     """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits."""
@@ -29,7 +33,7 @@ def quantize_per_row(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns:
         int8 codes like `x`, and float32 scales of shape [..., 1].
     """
-    scale = absmax_scale(x.float().abs().amax(dim=-1, keepdim=True), bits)
+    scale = absmax_scale(x.float().abs().amax(dim=-1, keepdim=True) * _OFF_THE_EDGE, bits)
     return quantize(x, scale, bits), scale
 
 

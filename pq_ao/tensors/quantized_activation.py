@@ -67,7 +67,7 @@ def _(func, types, args, kwargs):
 @implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
     x, kwargs = args[0], dict(kwargs)
-    dtype = kwargs.pop("dtype", x.hp_dtype)
+    dtype = kwargs.pop("dtype", None) or x.hp_dtype
     if dtype != x.hp_dtype:
         raise ValueError(f"QuantizedActivation: cannot convert codes of {x.hp_dtype} to {dtype}; use dequantize().")
     return x._apply_fn_to_data(lambda t: func(t, **kwargs))

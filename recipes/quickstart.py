@@ -1,0 +1,223 @@
+"""Quantizes SmolLM2-135M-Instruct on a CPU, compares PrefixQuant with what it improves on, and lets it answer.
+
+    python -m recipes.quickstart            (or: make quickstart)
+
+Prints a table of perplexity and bytes, a reply of the W4A4KV4 model, and the memory that it takes; writes a picture of
+the model's outlier tokens. The text is what comes with Python, so nothing but the model is downloaded; the perplexities
+compare the rows with each other, not with numbers published on WikiText-2.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchao.quantization import quantize_
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+import pq_ao
+from pq_ao.data import load_text, token_ids
+from pq_ao.evaluation import PerplexityResult
+from pq_ao.plots import plot_outliers
+from pq_ao.prefix import OUTLIER_THRESHOLD, token_ratios
+from recipes.smollm2 import smollm2_folder
+
+QUESTION = "What is gravity?"
+REPLY_CACHE = 512  # tokens of question and reply
+MEASURED_CACHE = 1024  # tokens of the cache whose bytes are in the table
+PICTURE_TOKENS = 64
+
+FLOAT, FLOAT_PREFIX = "bf16", "bf16 + prefix (rotated)"
+STATIC, DYNAMIC = "W4A4KV4 static, no prefix", "W4A4KV4 per token, no prefix"
+PREFIXQUANT, PREFIXQUANT_A8 = "W4A4KV4 PrefixQuant (static)", "W4A8KV4 PrefixQuant (static)"
+ORDER = (FLOAT, FLOAT_PREFIX, STATIC, DYNAMIC, PREFIXQUANT, PREFIXQUANT_A8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: bytes of the block linears and of a cache, and wall seconds."""
+
+    ppl: float
+    weight_bytes: int
+    weight_ratio: float
+    kv_bytes: int
+    kv_ratio: float
+    calibration_s: float
+    perplexity_s: float
+
+
+class Quickstart:
+    """The steps, over one model in floating point; `rows` fills up by the settings' names."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace):
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.rows: dict[str, Row] = {}
+
+    def perplexity(self, model: PreTrainedModel) -> PerplexityResult:
+        """On the half of the embedded text that calibration does not see."""
+        length, windows = self.arguments.eval_length, self.arguments.windows
+        return pq_ao.perplexity(
+            model, self.tokenizer, "embedded", split="test", sequence_length=length, windows=windows, batch_size=2
+        )
+
+    def quantize(self, name: str, config: pq_ao.PrefixQuantConfig, **options) -> PreTrainedModel:
+        """Calibrates a copy of the model, packs it, and measures; the PrefixQuant row brings the rotated one with it."""
+        step(name)
+        arguments = self.arguments
+        model = copy.deepcopy(self.model)
+        record = pq_ao.calibrate(
+            model,
+            self.tokenizer,
+            config,
+            num_sequences=arguments.sequences,
+            sequence_length=arguments.length,
+            seed=arguments.seed,
+            **options,
+        )
+        if name == PREFIXQUANT:
+            self._add(FLOAT_PREFIX, model, record.seconds)
+        quantize_(model, config)
+        self._add(name, model, record.seconds)
+        return model
+
+    def _add(self, name: str, model: PreTrainedModel, calibration_s: float) -> None:
+        found = self.perplexity(model)
+        report = pq_ao.memory(model, pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=MEASURED_CACHE))
+        # a calibrated model also holds the codes that quantize_ will put in place; the row is about the weights in use
+        in_use = report.linear_bf16_bytes if name == FLOAT_PREFIX else report.linear_bytes
+        in_use_ratio = in_use / report.linear_bf16_bytes
+        self.rows[name] = Row(
+            found.ppl, in_use, in_use_ratio, report.kv_bytes, report.kv_ratio, calibration_s, found.seconds
+        )
+
+    def measure_float(self) -> None:
+        """The model as it was loaded; its bytes need no calibrated model, only the same shapes."""
+        step(FLOAT)
+        found = self.perplexity(self.model)
+        blocks = [module for module in self.model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        weight_bytes = sum(linear.weight.nbytes for linear in blocks)
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        slots = config.num_hidden_layers * config.num_key_value_heads * MEASURED_CACHE
+        kv_bytes = 2 * slots * head_dim * self.model.dtype.itemsize
+        self.rows[FLOAT] = Row(found.ppl, weight_bytes, 1.0, kv_bytes, 1.0, 0.0, found.seconds)
+
+    def picture(self, prefix_ids: tuple[int, ...]) -> Path:
+        """Outlier tokens of the original model, without the prefix and with it."""
+        ids = token_ids(self.tokenizer, load_text("embedded", "test"))[:PICTURE_TOKENS]
+        ratios = token_ratios(self.model, ids), token_ratios(self.model, ids, prefix_ids)
+        return plot_outliers(*ratios, Path(self.arguments.output) / "outliers.png", threshold=OUTLIER_THRESHOLD)
+
+
+def step(what: str) -> None:
+    """Announces a step above its progress bars."""
+    print(f"-- {what}", file=sys.stderr, flush=True)
+
+
+def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, new_tokens: int) -> None:
+    """Streams the model's answer to stdout, from a packed cache."""
+    text = question
+    if tokenizer.chat_template:
+        conversation = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    # the template has its own special tokens, and the prefix is hidden in the model: nothing is added
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    model.generate(
+        **inputs,
+        past_key_values=pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=REPLY_CACHE),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The rows as aligned text."""
+    lines = [f"{'':30}{'ppl':>9}{'weights':>11}{'ratio':>8}{'KV cache':>11}{'ratio':>8}{'calibrate':>11}{'measure':>9}"]
+    for name in ORDER:
+        row = rows[name]
+        lines.append(
+            f"{name:30}{row.ppl:9.2f}{megabytes(row.weight_bytes):>11}{row.weight_ratio:8.3f}"
+            f"{megabytes(row.kv_bytes):>11}{row.kv_ratio:8.3f}{row.calibration_s:9.1f} s{row.perplexity_s:7.1f} s"
+        )
+    return "\n".join(lines)
+
+
+def megabytes(number: int) -> str:
+    """Bytes as text."""
+    return f"{number / 1e6:.2f} MB"
+
+
+def origin(folder: Path) -> str:
+    """What `recipes.smollm2` noted about the weights, as text."""
+    note = folder / "source.json"
+    facts = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    kind = facts.get("quantization") or facts.get("hub_id")
+    return f"{folder.name} ({kind})" if kind else folder.name
+
+
+def main(argv: list[str] | None = None) -> dict[str, Row]:
+    """Runs everything; returns the table's rows."""
+    arguments = parse(argv)
+    started = time.perf_counter()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    step("model")
+    folder = smollm2_folder(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    original_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    ready = time.perf_counter() - started
+
+    run = Quickstart(model, tokenizer, arguments)
+    run.measure_float()
+    quantized = run.quantize(PREFIXQUANT, pq_ao.prefixquant_config())
+    prefix_ids = quantized.calibration_record.prefix.prefix_ids
+    step("picture of the outlier tokens")
+    picture = run.picture(prefix_ids)
+    # the prefix does not depend on the bits
+    run.quantize(PREFIXQUANT_A8, pq_ao.prefixquant_config("w4a8kv4"), prefix_ids=prefix_ids)
+    run.quantize(STATIC, pq_ao.prefixquant_config(prefix=False))
+    run.quantize(DYNAMIC, pq_ao.prefixquant_config(mode="dynamic", prefix=False))
+
+    print(f"\n{origin(folder)}, {model.dtype}, calibrated on {arguments.sequences} x {arguments.length} tokens;")
+    print(f"perplexity on {arguments.windows} x {arguments.eval_length} tokens of the other half of Python's language")
+    print(f"reference; weights: the linears of the decoder blocks; KV cache: 1 x {MEASURED_CACHE} tokens\n")
+    print(table(run.rows))
+
+    print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {QUESTION} {PREFIXQUANT} replies:\n")
+    del model, run.model  # what is counted below is the quantized model alone
+    seconds = time.perf_counter()
+    reply(quantized, tokenizer, QUESTION, arguments.new_tokens)
+    seconds = time.perf_counter() - seconds
+    alive = pq_ao.live_bytes()
+    by_dtype = ", ".join(f"{dtype} {megabytes(number)}" for dtype, number in alive.most_common(3))
+    print(f"\nReply in {seconds:.1f} s. All tensors alive after it: {megabytes(alive.total())} ({by_dtype});")
+    print(f"the bf16 model's weights alone took {megabytes(original_bytes)}.")
+    print(f"Picture of the outlier tokens: {os.path.relpath(picture)}")
+    print(f"Model ready after {ready:.1f} s, everything after {time.perf_counter() - started:.1f} s.")
+    return run.rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Quantize a small model, compare, and let it answer.")
+    parser.add_argument("--model", help="a local folder or a hub id (default: SmolLM2-135M-Instruct, hub or PyPI)")
+    parser.add_argument("--output", default="out/quickstart", help="folder of the picture (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=8, help="of calibration (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=8, help="of evaluation (default: %(default)s)")
+    parser.add_argument("--eval-length", type=int, default=512, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of the reply (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of rotation and windows (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

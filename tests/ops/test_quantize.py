@@ -1,0 +1,126 @@
+"""Symmetric quantizers against the formula in float64, and at its edges: ties, both ends, tiny and huge scales."""
+
+import pytest
+import torch
+
+from pq_ao.ops import code_range, dequantize, quantize, quantize_per_row
+from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, absmax_scale
+
+ONE = torch.ones(1)
+
+
+def random_floats(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_code_range():
+    assert code_range(4) == (-8, 7)
+    assert code_range(8) == (-128, 127)
+
+
+class TestQuantize:
+    def test_ties_go_to_the_even_code(self):
+        x = torch.tensor([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
+        codes = quantize(x, ONE, 4)
+        assert codes.dtype == torch.int8
+        assert codes.tolist() == [-4, -2, -2, 0, 0, 2, 2, 4]
+
+    @pytest.mark.parametrize("bits, low, high", [(4, -8, 7), (8, -128, 127)])
+    def test_clamped_at_both_ends(self, bits, low, high):
+        x = torch.tensor([low - 0.5, low - 1.0, -1e30, -torch.inf, high + 0.4, high + 1.0, 1e30, torch.inf])
+        assert quantize(x, ONE, bits).tolist() == [low] * 4 + [high] * 4
+
+    @pytest.mark.parametrize("bits, high", [(4, 7), (8, 127)])
+    def test_the_largest_positive_value_loses_half_a_step(self, bits, high):
+        """The scale is 2 absmax / (2^bits - 1): absmax falls on high + 0.5, and its negative on the lowest code."""
+        absmax = torch.tensor([3.0])
+        scale = absmax_scale(absmax, bits)
+        assert quantize(absmax, scale, bits).item() == high
+        assert quantize(-absmax, scale, bits).item() in (-high - 1, -high)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_divides_and_rounds_in_float32(self, dtype):
+        """In bfloat16 the quotient itself would be rounded: its spacing is 0.5 between 64 and 128."""
+        x, scale = (random_floats(64, 65) * 20).to(dtype), torch.tensor([torch.pi / 8])
+        expected = torch.clamp(torch.round(x.double() / scale.double()), -128, 127).to(torch.int8)
+        assert torch.equal(quantize(x, scale, 8), expected)  # no quotient here falls so near a tie that float32 errs
+        if dtype == torch.bfloat16:
+            narrow = torch.clamp(torch.round(x / scale.to(dtype)), -128, 127).to(torch.int8)
+            assert not torch.equal(narrow, expected)
+
+    def test_one_scale_for_each_head(self):
+        x, scale = random_floats(2, 3, 5, 8), torch.tensor([0.1, 0.2, 0.3])
+        codes = quantize(x, scale.view(-1, 1, 1), 4)
+        for head in range(3):
+            assert torch.equal(codes[:, head], quantize(x[:, head], scale[head], 4))
+
+    def test_codes_are_fixed_points(self):
+        """What is dequantized quantizes to the same codes again."""
+        for bits in (4, 8):
+            low, high = code_range(bits)
+            codes = torch.arange(low, high + 1, dtype=torch.int8)
+            for scale in (torch.tensor([1e-4]), torch.tensor([0.1]), torch.tensor([1 / 3]), torch.tensor([1e4])):
+                assert torch.equal(quantize(dequantize(codes, scale), scale, bits), codes)
+
+
+class TestScale:
+    @pytest.mark.parametrize("bits, steps", [(4, 7.5), (8, 127.5)])
+    def test_absmax_over_half_the_levels(self, bits, steps):
+        absmax = torch.tensor([0.5, 1.0, 30.0])
+        assert torch.allclose(absmax_scale(absmax, bits), absmax / steps, rtol=1e-6, atol=0)
+
+    def test_clamped_at_both_ends(self):
+        absmax = torch.tensor([0.0, 1e-12, 1e12, torch.inf])
+        expected = torch.tensor([MIN_SCALE, MIN_SCALE, MAX_SCALE, MAX_SCALE])
+        assert (MIN_SCALE, MAX_SCALE) == (1e-4, 1e4)
+        assert torch.equal(absmax_scale(absmax, 4), expected)
+
+    def test_the_floor_can_be_lowered(self):
+        assert torch.allclose(absmax_scale(torch.tensor([7.5e-6]), 4, floor=1e-8), torch.tensor([1e-6]))
+
+
+class TestPerRow:
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 16), (2, 2, 3, 24), (0, 8)])
+    def test_each_row_on_its_own(self, shape, bits):
+        x = random_floats(*shape) * torch.logspace(-3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        codes, scale = quantize_per_row(x, bits)
+        assert codes.shape == x.shape and codes.dtype == torch.int8
+        assert scale.shape == (*shape[:-1], 1) and scale.dtype == torch.float32
+        for row, row_codes, row_scale in zip(
+            x.view(-1, shape[-1]), codes.view(-1, shape[-1]), scale.view(-1), strict=True
+        ):
+            expected = (row.abs().max() * (2 / (2**bits - 1))).clamp(1e-4, 1e4)
+            assert row_scale == expected
+            assert torch.equal(row_codes, quantize(row, expected, bits))
+
+    def test_a_row_of_zeros(self):
+        codes, scale = quantize_per_row(torch.zeros(2, 8), 4)
+        assert codes.count_nonzero() == 0
+        assert torch.equal(scale, torch.full((2, 1), MIN_SCALE))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_error_is_half_a_step_but_for_the_clamped_top(self, bits):
+        x = random_floats(50, 64)
+        codes, scale = quantize_per_row(x, bits)
+        error = (dequantize(codes, scale) - x).abs() / scale
+        assert error.max() <= 0.5 + 1e-4
+
+    def test_narrow_input(self):
+        x = random_floats(4, 32).bfloat16()
+        for got, expected in zip(quantize_per_row(x, 4), quantize_per_row(x.float(), 4), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_dequantize_is_float32():
+    codes, scale = torch.tensor([[-8, 7]], dtype=torch.int8), torch.tensor([[0.5]])
+    restored = dequantize(codes, scale)
+    assert restored.dtype == torch.float32
+    assert restored.tolist() == [[-4.0, 3.5]]
+
+
+def test_compiled_equals_eager():
+    x, scale = random_floats(7, 33) * 10, torch.tensor([0.3])
+    compiled = torch.compile(lambda x: (quantize(x, scale, 4), *quantize_per_row(x, 8)), fullgraph=True)
+    expected = (quantize(x, scale, 4), *quantize_per_row(x, 8))
+    assert all(torch.equal(got, want) for got, want in zip(compiled(x), expected, strict=True))

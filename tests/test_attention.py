@@ -1,0 +1,79 @@
+"""The hidden prefix against real prefix tokens, and what our attention refuses."""
+
+import copy
+
+import pytest
+import torch
+
+import pq_ao
+from pq_ao.calibration import calibrate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PREFIX = (7, 11, 0)
+
+
+def _calibrated(original, tokenizer, english, **kwargs):
+    model = copy.deepcopy(original)
+    settings = {"data": english, "num_sequences": 2, "sequence_length": 32, "progress": False, "prefix_ids": PREFIX}
+    calibrate(model, tokenizer, pq_ao.prefixquant_config(), **(settings | kwargs))
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_prefix_equals_real_prefix_tokens(make_tiny, tiny_tokenizer, english, ids, family):
+    original = make_tiny(family)
+    model = _calibrated(original, tiny_tokenizer, english)
+    real = torch.cat((torch.tensor([PREFIX, PREFIX]), ids), dim=1)
+    expected = original(real).logits[:, len(PREFIX) :]
+    limit = 1e-4 * expected.abs().max()
+    assert (model(ids).logits - expected).abs().max() <= limit
+    cache = pq_ao.PrefixStaticCache(model, 2, 20)
+    assert (model(ids, past_key_values=cache).logits - expected).abs().max() <= limit
+    # the prefix matters: without it the logits are others
+    assert (original(ids).logits - expected).abs().max() > 100 * limit
+
+
+@torch.no_grad()
+def test_float_model_padded_chunked_and_stepwise_runs_equal_single_ones(make_tiny, tiny_tokenizer, english, ids):
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english)
+    expected = model(ids, use_cache=False).logits
+    limit = 1e-4 * expected.abs().max()
+    for cuts in ([5, 15], [1] * 20):
+        cache = pq_ao.PrefixStaticCache(model, 2, 20)
+        out = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)], dim=1)
+        assert (out - expected).abs().max() <= limit
+    padded = torch.cat((torch.full((2, 6), 2), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :6] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    out = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 6:]
+    assert (out - expected).abs().max() <= limit
+
+
+def test_another_attention_implementation_is_refused(make_tiny, tiny_tokenizer, english, ids):
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'.*set_attn_implementation\\('prefixquant'\\)"):
+        model(ids)
+    model.set_attn_implementation("prefixquant")
+    model(ids)
+
+
+def test_our_attention_on_a_foreign_model_is_refused(make_tiny, ids):
+    model = make_tiny("llama")
+    model.set_attn_implementation("prefixquant")
+    with pytest.raises(RuntimeError, match="pq_ao.calibrate"):
+        model(ids)
+
+
+def test_additive_mask_is_refused(make_tiny, tiny_tokenizer, english, ids):
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english)
+    with pytest.raises(TypeError, match="boolean mask"):
+        model(ids, attention_mask=torch.zeros(2, 1, 20, 20))

@@ -1,0 +1,104 @@
+"""Paths of a calibrated block: integers against the reference, and compiled against eager."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torchao.quantization import quantize_
+
+import pq_ao
+from pq_ao.modules import ActivationQuantizer, Path
+from pq_ao.tensors import PackedWeight, QuantizedActivation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _calibrated(model, tokenizer, english, config):
+    pq_ao.calibrate(model, tokenizer, config, data=english, num_sequences=4, sequence_length=64, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kwargs", [{}, {"mode": "dynamic"}, {"rotation": False}])
+def test_integers_equal_the_reference_path(make_tiny, tiny_tokenizer, english, ids, family, kwargs):
+    config = pq_ao.prefixquant_config(**kwargs)
+    model = _calibrated(make_tiny(family), tiny_tokenizer, english, config)
+    with pq_ao.reference_path(model):
+        before = model(ids, use_cache=False).logits
+    quantize_(model, config)
+    with pq_ao.reference_path(model):
+        after = model(ids, use_cache=False).logits
+    assert torch.equal(before, after)  # packing changes no code
+    integer = model(ids, use_cache=False).logits
+    assert (integer - after).abs().max() <= 1e-4 * after.abs().max()
+
+
+@torch.no_grad()
+def test_norm_emits_one_quantized_activation_for_one_packed_linear(make_tiny, tiny_tokenizer, english):
+    config = pq_ao.prefixquant_config()
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english, config)
+    quantize_(model, config)
+    layer = model.model.layers[0]
+    x = torch.randn(1, 5, 96)
+    for norm, linear in (
+        (layer.input_layernorm, layer.self_attn.qkv_proj),
+        (layer.post_attention_layernorm, layer.mlp.gate_up_proj),
+    ):
+        activation = norm(x)
+        assert isinstance(activation, QuantizedActivation) and isinstance(linear.weight, PackedWeight)
+        assert activation.qdata.dtype == torch.int8 and activation.qdata.abs().max() <= 8
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+        codes = torch.round((normed - norm.quantizer.shift) / norm.quantizer.scale).clamp(-8, 7)
+        assert torch.equal(activation.qdata.float(), codes)
+
+
+def test_shift_keeps_the_mean_output_of_a_linear(make_tiny, tiny_tokenizer, english):
+    config = pq_ao.prefixquant_config()
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english, config)
+    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    assert all(quantizer.shift.abs().max() > 0 for quantizer in quantizers)
+    linear = model.model.layers[0].mlp.gate_up_proj
+    mean_input = model.model.layers[0].post_attention_layernorm.quantizer.shift
+    # at the mean input the codes are zero, so the linear's output is its bias alone
+    expected = linear.weight @ mean_input
+    error = (linear.packed_bias - expected).norm() / expected.norm()
+    assert error < 0.1  # what remains is the correction of the rounding's own mean error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [{}, {"mode": "dynamic"}])
+def test_prefill_and_decode_compile_whole_without_recompiling_and_equal_eager(
+    make_tiny, tiny_tokenizer, english, ids, kwargs
+):
+    config = pq_ao.prefixquant_config(**kwargs)
+    model = _calibrated(make_tiny("qwen3", dtype=torch.bfloat16), tiny_tokenizer, english, config)
+    quantize_(model, config)
+    eager_cache, compiled_cache = (pq_ao.PrefixStaticCache(model, 2, 32) for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        compiled = torch.compile(model.forward, fullgraph=True)
+        expected = model(ids, past_key_values=eager_cache).logits
+        assert torch.equal(compiled(ids, past_key_values=compiled_cache).logits, expected)
+        for _ in range(6):
+            token = expected[:, -1:].argmax(dim=-1)
+            expected = model(token, past_key_values=eager_cache).logits
+            assert torch.equal(compiled(token, past_key_values=compiled_cache).logits, expected)
+    assert counters["stats"]["unique_graphs"] == 2  # one for prefill, one for decode
+    for ours, theirs in zip(compiled_cache.layers, eager_cache.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_reference_path_returns_to_what_it_was(make_tiny, tiny_tokenizer, english, ids):
+    config = pq_ao.prefixquant_config()
+    model = _calibrated(make_tiny("llama"), tiny_tokenizer, english, config)
+    with pytest.raises(RuntimeError, match="stop"), pq_ao.reference_path(model):
+        raise RuntimeError("stop")
+    assert model.model.layers[0].mlp.down_proj.path is Path.FLOAT
+    with pytest.raises(ValueError, match="pq_ao.calibrate"), pq_ao.reference_path(make_tiny("llama")):
+        pass

@@ -1,0 +1,126 @@
+"""The outlier statistic, the rule, and the check of the prefix; on a decoder with a planted outlier and on SmolLM2."""
+
+import pytest
+import torch
+
+import pq_ao
+from pq_ao.prefix import (
+    OUTLIER_THRESHOLD,
+    OutlierStatistics,
+    bos_role,
+    find_prefix,
+    outlier_statistics,
+    prefix_by_rule,
+    token_ratios,
+)
+
+OUTLIER = 70  # id of the token that the planted decoder answers with a huge activation
+
+
+@pytest.fixture
+def planted(make_tiny):
+    """A decoder whose first layer makes an outlier of one token, wherever it stands."""
+    model = make_tiny("llama")
+    with torch.no_grad():
+        layer, table = model.model.layers[0], model.model.embed_tokens.weight
+        layer.self_attn.o_proj.weight.zero_()
+        table[:, 0] = 0  # one channel that only this token has
+        table[OUTLIER] = 0
+        table[OUTLIER, 0] = 10
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight[0] = 0
+            linear.weight[0, 0] = 10
+    return model
+
+
+def _statistics(counts, frequencies, sequences=10):
+    return OutlierStatistics(tuple(counts), tuple(frequencies), sequences, 100.0)
+
+
+def test_rule_takes_as_many_as_the_worst_layer_counts_and_bos_last():
+    assert prefix_by_rule(_statistics([0.5, 2.1], [(5, 30), (9, 20), (4, 10), (8, 2)]), 1) == (5, 9, 4, 1)
+
+
+def test_rule_takes_at_most_the_distinct_tokens():
+    assert prefix_by_rule(_statistics([3.2], [(5, 30), (9, 20)]), 1) == (5, 9, 1)
+
+
+def test_rule_drops_a_lone_rare_candidate_and_keeps_a_lone_frequent_one():
+    assert prefix_by_rule(_statistics([1.0], [(5, 9)], sequences=100), 1) == (1,)
+    assert prefix_by_rule(_statistics([1.0], [(5, 10)], sequences=100), 1) == (5, 1)
+    # only a lone one: two rare candidates stay
+    assert prefix_by_rule(_statistics([2.0], [(5, 1), (6, 1)], sequences=100), 1) == (5, 6, 1)
+
+
+def test_model_without_outliers_gets_bos_alone():
+    assert prefix_by_rule(_statistics([0.0, 0.0], []), 1) == (1,)
+
+
+def test_ratio_is_the_token_maximum_over_the_lower_median(make_tiny):
+    model = make_tiny("llama")
+    ids = torch.randint(3, 300, (10,), generator=torch.Generator().manual_seed(0))
+    seen = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    for row, x in zip(token_ratios(model, ids), seen, strict=True):
+        maxima = x.abs().amax(dim=-1)
+        assert torch.equal(row, maxima / maxima.sort().values[4])  # the lower middle of ten
+
+
+def test_statistics_count_position_zero_and_the_content_leaves_it_out(planted):
+    windows = torch.randint(80, 300, (4, 40), generator=torch.Generator().manual_seed(0))
+    windows[0, 0] = windows[0, 7] = windows[1, 3] = OUTLIER
+    statistics = outlier_statistics(planted, windows)
+    assert statistics.counts[0] == pytest.approx(3 / 4)  # three outliers in four sequences, position 0 among them
+    assert statistics.frequencies == ((OUTLIER, 2),)  # once for each later place
+    assert statistics.max_ratio > OUTLIER_THRESHOLD and statistics.sequences == 4
+
+
+def test_prefix_positions_have_no_ratio_of_their_own(planted):
+    ids = torch.arange(100, 120)
+    assert float(token_ratios(planted, ids, (OUTLIER, OUTLIER)).max()) < OUTLIER_THRESHOLD
+    assert token_ratios(planted, ids, (OUTLIER, 5)).shape == (2, 20)
+
+
+def test_prefix_that_does_not_hold_is_reported_and_never_changed(planted, tiny_tokenizer):
+    windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    windows[0, 5] = OUTLIER  # a token that is an outlier whatever stands before it
+    with pytest.warns(pq_ao.PrefixWarning, match="plain text"):
+        report = find_prefix(planted, tiny_tokenizer, windows, prefix_ids=(9, 0))
+    assert report.prefix_ids == (9, 0) and report.rule_ids is None
+    assert set(report.ratios_after) == {"plain text", "chat", "BOS + text", "BOS BOS text"}
+    with pytest.warns(pq_ao.PrefixWarning):
+        report = find_prefix(planted, tiny_tokenizer, windows)
+    assert report.prefix_ids == report.rule_ids == (OUTLIER, tiny_tokenizer.bos_token_id)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [((), "at least one"), ((300,), "from 0 to 299"), (("a",), "not a token")])
+def test_wrong_prefix_ids_are_refused(make_tiny, tiny_tokenizer, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        find_prefix(make_tiny("llama"), tiny_tokenizer, torch.ones(1, 8, dtype=torch.int64), prefix_ids=wrong)
+
+
+def test_bos_role_falls_back_to_eos_then_pad():
+    class Named:
+        def __init__(self, bos, eos, pad):
+            self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
+
+    assert bos_role(Named(0, 5, 6)) == 0  # id 0 is an id
+    assert bos_role(Named(None, 5, 6)) == 5
+    assert bos_role(Named(None, None, 6)) == 6
+    with pytest.raises(ValueError, match="prefix_ids="):
+        bos_role(Named(None, None, None))
+
+
+def test_activation_that_is_not_finite_names_the_layer(make_tiny):
+    model = make_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
+    with pytest.raises(ValueError, match="layer 1 is NaN or Inf"):
+        token_ratios(model, torch.arange(10))
