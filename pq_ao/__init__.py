@@ -19,9 +19,10 @@ _HOME = {
     "rotate_": "pq_ao.rotation",
     "reference_path": "pq_ao.modules",
     "perplexity": "pq_ao.evaluation",
-    "explain": "pq_ao.explain",
-    "memory": "pq_ao.explain",
-    "live_bytes": "pq_ao.explain",
+    "explain": "pq_ao.explanation",
+    "memory": "pq_ao.explanation",
+    "live_bytes": "pq_ao.explanation",
+    "MemoryReport": "pq_ao.explanation",
 }
 
 __all__ = sorted(_HOME)

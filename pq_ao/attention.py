@@ -92,9 +92,14 @@ def attend(
                     key, value = dequantize(key, key_scale.unsqueeze(-1)), dequantize(value, value_scale.unsqueeze(-1))
                     key_scale = value_scale = None
             key, value = cache.update(key, value, index)
-    return prefix_attention(
-        query, key, value, key_scale, value_scale, module.prefix_k, module.prefix_v, mask, module.scaling
-    )
+    prefix_k, prefix_v, value_shift = module.prefix_k, module.prefix_v, None
+    if module.kv.value_shift is not None and not key.is_floating_point():
+        value_shift = module.kv.value_shift
+        prefix_k, prefix_v = prefix_k - module.kv.key_shift, prefix_v - value_shift
+    out_BLHD = prefix_attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
+    if value_shift is None:
+        return out_BLHD
+    return out_BLHD + value_shift.squeeze(1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)
 
 
 def _warn_unpacked(cache) -> None:

@@ -109,37 +109,48 @@ class ActivationQuantizer(FixedDtype):
 class KVQuantizer(FixedDtype):
     """Keys and values, per KV head: static scales, or one scale for each token and head in dynamic mode.
 
+    In static mode the mean of each channel is taken off first, and attention makes up for it exactly: one vector off
+    all keys, the prefix's too, leaves the softmax as it is; one vector off all values comes out of attention
+    unchanged, for probabilities add up to 1.
+
     Attributes:
         key_scale, value_scale: float32 [G]; unused in dynamic mode and at 16 bits.
+        key_shift, value_shift: float32 [G, 1, D], static means; None in dynamic mode and at 16 bits.
         path: see `Path`; at 16 bits it stays FLOAT.
     """
 
-    def __init__(self, config: PrefixQuantConfig, kv_heads: int, device: torch.device):
+    def __init__(self, config: PrefixQuantConfig, kv_heads: int, head_dim: int, device: torch.device):
         super().__init__()
         self.bits = config.kv_bits
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
-        self.register_buffer("key_scale", torch.ones(kv_heads, device=device))
-        self.register_buffer("value_scale", torch.ones(kv_heads, device=device))
+        shifted = not self.dynamic and self.bits < 16
+        for name in ("key", "value"):
+            self.register_buffer(f"{name}_scale", torch.ones(kv_heads, device=device))
+            shift = torch.zeros(kv_heads, 1, head_dim, device=device) if shifted else None
+            self.register_buffer(f"{name}_shift", shift)
 
-    def _codes(self, x_BGLD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, x_BGLD: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.dynamic:
             codes, scale = quantize_per_row(x_BGLD, self.bits)
             return codes, scale.squeeze(-1)
-        return quantize(x_BGLD, scale.view(-1, 1, 1), self.bits), scale
+        return quantize(x_BGLD.float() - shift, scale.view(-1, 1, 1), self.bits), scale
 
     def forward(
         self, key_BGLD: Tensor, value_BGLD: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys, values and their scales: floats without scales, or int8 codes with scales [G] or [B, G, L]."""
+        """Keys, values and their scales: floats and None, or int8 codes (shift off) and scales [G] or [B, G, L]."""
         if self.path is Path.FLOAT or self.bits == 16:
             return key_BGLD.to(dtype), value_BGLD.to(dtype), None, None
-        key, key_scale = self._codes(key_BGLD, self.key_scale)
-        value, value_scale = self._codes(value_BGLD, self.value_scale)
+        key, key_scale = self._codes(key_BGLD, self.key_scale, self.key_shift)
+        value, value_scale = self._codes(value_BGLD, self.value_scale, self.value_shift)
         if self.path is Path.INTEGER:
             return key, value, key_scale, value_scale
         shape = (-1, 1, 1) if key_scale.ndim == 1 else (*key_scale.shape, 1)
-        return dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape)), None, None
+        key, value = dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape))
+        if self.key_shift is not None:
+            key, value = key + self.key_shift, value + self.value_shift
+        return key, value, None, None
 
 
 class CalibratedLinear(FixedDtype, nn.Linear):
@@ -167,8 +178,8 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         self.config = config
         self.quantizers = quantizers
         self.path = Path.FLOAT
-        self.register_buffer("packed", None, persistent=False)
-        self.register_buffer("packed_bias", None, persistent=False)
+        self.register_buffer("packed", None)
+        self.register_buffer("packed_bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in the model's dtype."""

@@ -121,7 +121,8 @@ class _BlockBuilder:
             layer.get_submodule(name).in_features for name in (family.query, family.output, family.up, family.down)
         )
         attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(self.config, width, device) for width in widths)
-        kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, device)
+        head_dim = head_dim_of(self.model_config)
+        kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, head_dim, device)
 
         norm = layer.get_submodule(family.attention_norm)
         parts = [self._linear(layer, name) for name in (family.query, family.key, family.value)]
@@ -138,7 +139,7 @@ class _BlockBuilder:
         attention = PrefixAttention(
             self.model_config,
             layer_idx,
-            head_dim_of(self.model_config),
+            head_dim,
             qkv,
             output,
             o_in,

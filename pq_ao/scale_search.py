@@ -219,8 +219,11 @@ def _best_by_head(start: Tensor, search: str, loss) -> tuple[Tensor, Tensor]:
 
 
 def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
-    """Sets the value scales, each head by the squared error of its values."""
+    """Sets the value shifts and scales, each head by the squared error of its values."""
     values = torch.cat([value for _, _, value in sites.heads])  # [n, G, T, D]
+    shift = values.mean(dim=(0, 2), keepdim=True)[0]
+    sites.attention.kv.value_shift.copy_(shift)
+    values = values - shift
 
     def loss(scale: Tensor) -> Tensor:
         scale = scale.view(-1, 1, 1)
@@ -232,7 +235,7 @@ def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[f
 
 
 def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
-    """Sets the key scales, each head by the squared error of its attention output, prefix and mask included.
+    """Sets the key shifts and scales, each head by the squared error of its attention output, prefix and mask included.
 
     The output, not the probabilities alone as in method section 4.2: an error on a token whose value matters little
     should count little.
@@ -241,8 +244,10 @@ def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[flo
     groups = attention.kv_heads
     stride = max(1, sites.body.hidden.shape[1] // _SEARCH_QUERIES)
     mask = sites.body.mask[0, 0, ::stride]
-    heads = [(query[:, :, ::stride], key, value) for query, key, value in sites.heads]
-    prefix_k, prefix_v = attention.prefix_k.float(), attention.prefix_v.float()
+    shift = torch.stack([key.mean(dim=(0, 2)) for _, key, _ in sites.heads]).mean(dim=0).unsqueeze(1)
+    attention.kv.key_shift.copy_(shift)
+    heads = [(query[:, :, ::stride], key - shift, value) for query, key, value in sites.heads]
+    prefix_k, prefix_v = attention.prefix_k.float() - shift, attention.prefix_v.float()
 
     def outputs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = query[0].reshape(groups, -1, query.shape[-1]) * attention.scaling  # [G, H / G * queries, D]

@@ -27,7 +27,7 @@ from pq_ao.plots import plot_outliers
 from pq_ao.prefix import OUTLIER_THRESHOLD, token_ratios
 from recipes.smollm2 import smollm2_folder
 
-QUESTION = "What is gravity?"
+QUESTION = "What is the capital of France?"
 REPLY_CACHE = 512  # tokens of question and reply
 MEASURED_CACHE = 1024  # tokens of the cache whose bytes are in the table
 PICTURE_TOKENS = 64
@@ -40,13 +40,11 @@ ORDER = (FLOAT, FLOAT_PREFIX, STATIC, DYNAMIC, PREFIXQUANT, PREFIXQUANT_A8)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: bytes of the block linears and of a cache, and wall seconds."""
+    """One line of the table: bytes of the block linears' weights and of a cache, and wall seconds."""
 
     ppl: float
     weight_bytes: int
-    weight_ratio: float
     kv_bytes: int
-    kv_ratio: float
     calibration_s: float
     perplexity_s: float
 
@@ -65,12 +63,11 @@ class Quickstart:
             model, self.tokenizer, "embedded", split="test", sequence_length=length, windows=windows, batch_size=2
         )
 
-    def quantize(self, name: str, config: pq_ao.PrefixQuantConfig, **options) -> PreTrainedModel:
-        """Calibrates a copy of the model, packs it, and measures; the PrefixQuant row brings the rotated one with it."""
-        step(name)
+    def calibrate(self, config: pq_ao.PrefixQuantConfig, **options) -> PreTrainedModel:
+        """A calibrated copy of the model, not yet quantized."""
         arguments = self.arguments
         model = copy.deepcopy(self.model)
-        record = pq_ao.calibrate(
+        pq_ao.calibrate(
             model,
             self.tokenizer,
             config,
@@ -79,33 +76,28 @@ class Quickstart:
             seed=arguments.seed,
             **options,
         )
-        if name == PREFIXQUANT:
-            self._add(FLOAT_PREFIX, model, record.seconds)
-        quantize_(model, config)
-        self._add(name, model, record.seconds)
         return model
 
-    def _add(self, name: str, model: PreTrainedModel, calibration_s: float) -> None:
-        found = self.perplexity(model)
-        report = pq_ao.memory(model, pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=MEASURED_CACHE))
-        # a calibrated model also holds the codes that quantize_ will put in place; the row is about the weights in use
-        in_use = report.linear_bf16_bytes if name == FLOAT_PREFIX else report.linear_bytes
-        in_use_ratio = in_use / report.linear_bf16_bytes
-        self.rows[name] = Row(
-            found.ppl, in_use, in_use_ratio, report.kv_bytes, report.kv_ratio, calibration_s, found.seconds
-        )
-
-    def measure_float(self) -> None:
-        """The model as it was loaded; its bytes need no calibrated model, only the same shapes."""
-        step(FLOAT)
+    def compare_float(self, calibrated: PreTrainedModel) -> None:
+        """Rows of the model as loaded and of the calibrated one, which still computes in floating point."""
+        step(f"{FLOAT}, {FLOAT_PREFIX}")
+        report = self._memory(calibrated)
         found = self.perplexity(self.model)
-        blocks = [module for module in self.model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
-        weight_bytes = sum(linear.weight.nbytes for linear in blocks)
-        config = self.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        slots = config.num_hidden_layers * config.num_key_value_heads * MEASURED_CACHE
-        kv_bytes = 2 * slots * head_dim * self.model.dtype.itemsize
-        self.rows[FLOAT] = Row(found.ppl, weight_bytes, 1.0, kv_bytes, 1.0, 0.0, found.seconds)
+        self.rows[FLOAT] = Row(found.ppl, report.linear_bf16_bytes, report.kv_bf16_bytes, 0.0, found.seconds)
+        found = self.perplexity(calibrated)
+        seconds = calibrated.calibration_record.seconds
+        # it also holds the codes that quantize_ will put in place; the row is about the weights in use
+        self.rows[FLOAT_PREFIX] = Row(found.ppl, report.linear_bf16_bytes, report.kv_bytes, seconds, found.seconds)
+
+    def compare_quantized(self, name: str, model: PreTrainedModel) -> None:
+        """Row of a quantized model."""
+        step(name)
+        report, found = self._memory(model), self.perplexity(model)
+        seconds = model.calibration_record.seconds
+        self.rows[name] = Row(found.ppl, report.linear_bytes, report.kv_bytes, seconds, found.seconds)
+
+    def _memory(self, model: PreTrainedModel) -> pq_ao.MemoryReport:
+        return pq_ao.memory(model, pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=MEASURED_CACHE))
 
     def picture(self, prefix_ids: tuple[int, ...]) -> Path:
         """Outlier tokens of the original model, without the prefix and with it."""
@@ -137,13 +129,15 @@ def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: 
 
 
 def table(rows: dict[str, Row]) -> str:
-    """The rows as aligned text."""
+    """The rows as aligned text; ratios to the first one."""
+    dense = rows[FLOAT]
     lines = [f"{'':30}{'ppl':>9}{'weights':>11}{'ratio':>8}{'KV cache':>11}{'ratio':>8}{'calibrate':>11}{'measure':>9}"]
     for name in ORDER:
         row = rows[name]
+        weights, cache = row.weight_bytes / dense.weight_bytes, row.kv_bytes / dense.kv_bytes
         lines.append(
-            f"{name:30}{row.ppl:9.2f}{megabytes(row.weight_bytes):>11}{row.weight_ratio:8.3f}"
-            f"{megabytes(row.kv_bytes):>11}{row.kv_ratio:8.3f}{row.calibration_s:9.1f} s{row.perplexity_s:7.1f} s"
+            f"{name:30}{row.ppl:9.2f}{megabytes(row.weight_bytes):>11}{weights:8.3f}"
+            f"{megabytes(row.kv_bytes):>11}{cache:8.3f}{row.calibration_s:9.1f} s{row.perplexity_s:7.1f} s"
         )
     return "\n".join(lines)
 
@@ -175,30 +169,42 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
     ready = time.perf_counter() - started
 
     run = Quickstart(model, tokenizer, arguments)
-    run.measure_float()
-    quantized = run.quantize(PREFIXQUANT, pq_ao.prefixquant_config())
+    config = pq_ao.prefixquant_config()  # w4a4kv4, static
+    step(f"{PREFIXQUANT}: calibration")
+    quantized = run.calibrate(config)
     prefix_ids = quantized.calibration_record.prefix.prefix_ids
+    run.compare_float(quantized)
+    quantize_(quantized, config)
+    run.compare_quantized(PREFIXQUANT, quantized)
     step("picture of the outlier tokens")
     picture = run.picture(prefix_ids)
-    # the prefix does not depend on the bits
-    run.quantize(PREFIXQUANT_A8, pq_ao.prefixquant_config("w4a8kv4"), prefix_ids=prefix_ids)
-    run.quantize(STATIC, pq_ao.prefixquant_config(prefix=False))
-    run.quantize(DYNAMIC, pq_ao.prefixquant_config(mode="dynamic", prefix=False))
+    others = {
+        PREFIXQUANT_A8: (pq_ao.prefixquant_config("w4a8kv4"), prefix_ids),  # the prefix does not depend on the bits
+        STATIC: (pq_ao.prefixquant_config(prefix=False), None),
+        DYNAMIC: (pq_ao.prefixquant_config(mode="dynamic", prefix=False), None),
+    }
+    for name, (config, prefix) in others.items():
+        step(f"{name}: calibration")
+        other = run.calibrate(config, prefix_ids=prefix)
+        quantize_(other, config)
+        run.compare_quantized(name, other)
 
-    print(f"\n{origin(folder)}, {model.dtype}, calibrated on {arguments.sequences} x {arguments.length} tokens;")
-    print(f"perplexity on {arguments.windows} x {arguments.eval_length} tokens of the other half of Python's language")
-    print(f"reference; weights: the linears of the decoder blocks; KV cache: 1 x {MEASURED_CACHE} tokens\n")
+    print(f"\n{origin(folder)}, {model.dtype}, calibrated on {arguments.sequences} x {arguments.length} tokens.")
+    print(
+        f"ppl: {arguments.windows} x {arguments.eval_length} tokens of the other half of Python's language reference;"
+    )
+    print(f"weights: linears of the decoder blocks; KV cache: 1 x {MEASURED_CACHE} tokens, with the prefix.\n")
     print(table(run.rows))
 
-    print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {QUESTION} {PREFIXQUANT} replies:\n")
-    del model, run.model  # what is counted below is the quantized model alone
-    seconds = time.perf_counter()
+    print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {PREFIXQUANT} is asked: {QUESTION}")
+    del model, other, run.model  # what is counted below is the quantized model alone
+    replying = time.perf_counter()
     reply(quantized, tokenizer, QUESTION, arguments.new_tokens)
-    seconds = time.perf_counter() - seconds
+    replied = time.perf_counter()
     alive = pq_ao.live_bytes()
     by_dtype = ", ".join(f"{dtype} {megabytes(number)}" for dtype, number in alive.most_common(3))
-    print(f"\nReply in {seconds:.1f} s. All tensors alive after it: {megabytes(alive.total())} ({by_dtype});")
-    print(f"the bf16 model's weights alone took {megabytes(original_bytes)}.")
+    print(f"\nReply after {replied - replying:.1f} s. Tensors alive then: {megabytes(alive.total())} ({by_dtype});")
+    print(f"the weights of the bf16 model alone: {megabytes(original_bytes)}.")
     print(f"Picture of the outlier tokens: {os.path.relpath(picture)}")
     print(f"Model ready after {ready:.1f} s, everything after {time.perf_counter() - started:.1f} s.")
     return run.rows

@@ -14,7 +14,7 @@ from pq_ao.rotation import Rotation
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# the house rule for what "equal" means of a rotated float32 model; measured 1e-6 to 5e-6
+# the house rule for what "equal" means of a rotated float32 model; measured below 1e-6
 TOLERANCE = 1e-4
 IDS = torch.randint(3, 300, (2, 23), generator=torch.Generator().manual_seed(0))
 
@@ -99,9 +99,9 @@ class TestSameFunction:
             last = model(IDS[:, -1:], past_key_values=first.past_key_values)
         assert relative(logits(model)[:, -1], last.logits[:, -1]) <= TOLERANCE
 
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
     def test_in_the_dtype_of_the_model(self, make_tiny, dtype, tolerance):
-        """Rounded weights make it inexact; the bound is a few roundings of half a unit in the last place each."""
+        """Rounded weights make it inexact, rotated (measured 0.011 and 0.0011) or not (0.009 and 0.0012)."""
         expected = logits(make_tiny("qwen2"))
         model = rotate_(make_tiny("qwen2", dtype=dtype), PrefixQuantConfig())
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}

@@ -8,7 +8,7 @@ MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 
 # A row's largest value, -7.5 scales, would sit on the edge between two codes, and the last bit of its computation
 # choose between them. A scale smaller by this factor keeps it clear: it becomes -8, as half-to-even means it to.
-_OFF_THE_EDGE = 1 - 2**-9
+_OFF_THE_EDGE = 1 - 2**-12
 
 
 def code_range(bits: int) -> tuple[int, int]:

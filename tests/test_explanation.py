@@ -1,0 +1,200 @@
+"""Bytes against sums done by hand, what stays alive after a forward, and what the description says."""
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+from transformers import DynamicCache
+
+import pq_ao
+from pq_ao import PrefixStaticCache, calibrate, explain, live_bytes, memory, prefixquant_config
+from pq_ao.config import SCHEMES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# of `make_tiny`: width, MLP width, query heads, KV heads, head dim, layers
+WIDTH, MLP, HEADS, GROUPS, HEAD_DIM, LAYERS = 96, 160, 4, 2, 24, 2
+OUTPUTS_INPUTS = ((4 + 2 + 2) * HEAD_DIM, WIDTH), (WIDTH, HEADS * HEAD_DIM), (2 * MLP, WIDTH), (WIDTH, MLP)
+DENSE = LAYERS * sum(2 * rows * columns for rows, columns in OUTPUTS_INPUTS)
+
+SMOLLM2_SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "dtype": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def calibrated(make_tiny, tiny_tokenizer, english):
+    """`calibrated(scheme, family="llama", ..., **config)`: a tiny model, calibrated but not yet quantized."""
+
+    def make(scheme: str = "w4a4kv4", family: str = "llama", shape: dict | None = None, **fields):
+        model = make_tiny(family, **(shape or {"dtype": torch.bfloat16}))
+        config = prefixquant_config(scheme, **fields)
+        calibrate(model, tiny_tokenizer, config, data=english, num_sequences=2, sequence_length=32, progress=False)
+        return model, config
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bytes_of_a_quantized_model(calibrated, scheme, mode):
+    model, config = calibrated(scheme, mode=mode)
+    quantize_(model, config)
+    batch, length = 3, 40
+    report = memory(model, PrefixStaticCache(model, batch, length))
+
+    static = mode == "static"
+    linears = 0
+    for rows, columns in OUTPUTS_INPUTS:
+        linears += rows * columns * config.weight_bits // 8 + 4 * rows  # codes and their scales
+        if static:
+            linears += 4 * rows + 4 * columns + 4  # bias, shift and scale of the input
+    assert report.linear_bytes == LAYERS * linears
+    assert report.linear_bf16_bytes == DENSE
+    assert report.linear_ratio == LAYERS * linears / DENSE
+    assert report.kept_bytes == 2 * 2 * model.config.vocab_size * WIDTH
+
+    slots = LAYERS * 2 * GROUPS * batch * length  # keys and values
+    prefix = LAYERS * 2 * GROUPS * model.model.layers[0].self_attn.prefix_k.shape[1] * HEAD_DIM * 2
+    scales = 0
+    if config.kv_bits < 16:
+        scales = LAYERS * 2 * GROUPS * 4 if static else slots * 4
+    assert prefix > 0
+    assert report.kv_bytes == slots * HEAD_DIM * config.kv_bits // 8 + prefix + scales
+    assert report.kv_bf16_bytes == slots * HEAD_DIM * 2
+    assert report.kv_ratio == report.kv_bytes / report.kv_bf16_bytes
+
+
+def test_before_quantize_weights_and_codes_are_both_held(calibrated):
+    model, config = calibrated()
+    before = memory(model, PrefixStaticCache(model, 1, 16))
+    quantize_(model, config)
+    after = memory(model)
+    assert before.linear_bytes == after.linear_bytes + DENSE
+    assert before.linear_bf16_bytes == after.linear_bf16_bytes == DENSE
+    assert before.kv_bytes > before.kv_bf16_bytes  # floats, and the prefix
+    assert after.kv_bytes is None and after.kv_bf16_bytes is None and after.kv_ratio is None
+
+
+def test_biases_count(calibrated):
+    plain, biased = (calibrated(family=family, mode="dynamic") for family in ("llama", "qwen2"))
+    for model, config in (plain, biased):
+        quantize_(model, config)
+    extra = memory(biased[0]).linear_bytes - memory(plain[0]).linear_bytes
+    assert extra == LAYERS * 4 * OUTPUTS_INPUTS[0][0]  # q, k and v in float32
+
+
+def test_a_quarter_is_what_stays_alive(calibrated):
+    """Weights and cache of SmolLM2's shape, counted over everything alive: no unpacked copy stays anywhere."""
+    length = 1024
+    warm, config = calibrated(shape=SMOLLM2_SHAPE)  # fills the process-wide store of Hadamard matrices
+    del warm
+    before = live_bytes()
+    model, config = calibrated(shape=SMOLLM2_SHAPE)
+    quantize_(model, config)
+    cache = PrefixStaticCache(model, 1, length)
+    ids = torch.arange(64).unsqueeze(0)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    del ids
+    alive = live_bytes() - before
+
+    report = memory(model, cache)
+    assert report.linear_ratio <= 0.27
+    assert report.kv_ratio <= 0.27
+    counted = report.linear_bytes + report.kept_bytes + report.kv_bytes
+    small = alive.total() - counted  # final norm, Hadamard factors, RoPE frequencies, lengths
+    assert 0 <= small < 0.002 * counted
+    assert alive["int8"] == 0
+    prefix = sum(2 * layer.self_attn.prefix_k.nbytes for layer in model.model.layers)
+    floats = report.kept_bytes + prefix + model.model.norm.weight.nbytes
+    assert 0 <= alive["bfloat16"] - floats < 1000  # RoPE frequencies
+    assert alive["uint8"] == report.linear_bf16_bytes // 4 + cache.nbytes
+
+    copy = model.model.layers[0].mlp.down_proj.weight.dequantize()
+    assert (live_bytes() - before).total() == alive.total() + copy.nbytes  # it would have been seen
+
+
+def test_names_of_functions_are_not_hidden_by_modules():
+    """Importing a submodule binds its name in the package, and would win over a function of that name."""
+    for name, home in pq_ao._HOME.items():
+        assert home != f"pq_ao.{name}"
+
+
+def test_live_bytes_counts_each_storage_once():
+    before = live_bytes()
+    whole = torch.zeros(1000, dtype=torch.float16)
+    view, parameter = whole[10:20], torch.nn.Parameter(torch.zeros(7, 3), requires_grad=False)
+    nowhere = torch.empty(10**6, device="meta")
+    assert live_bytes() - before == {"float16": 2000, "float32": 84}
+    packed = pq_ao.tensors.PackedWeight.from_codes(torch.zeros(6, 8, dtype=torch.int8), torch.ones(6), 4, torch.float16)
+    assert live_bytes() - before == {"float16": 2000, "float32": 84 + 24, "uint8": 24}
+    del whole
+    assert (live_bytes() - before)["float16"] == 2000  # the view keeps all of it
+    del view, parameter, nowhere, packed
+    assert not live_bytes() - before
+
+
+@pytest.mark.parametrize("mode, prefix", [("static", True), ("static", False), ("dynamic", True)])
+def test_explain(calibrated, mode, prefix):
+    model, config = calibrated(mode=mode, prefix=prefix)
+    floats = explain(model)
+    with pq_ao.reference_path(model):
+        reference = explain(model)
+    quantize_(model, config)
+    integers = explain(model)
+    for text, path in ((floats, "float"), (reference, "reference"), (integers, "integer")):
+        rows = [line.split() for line in text.splitlines() if line.startswith("model.layers.")]
+        names = [f"model.layers.{i}.{n}" for i in range(LAYERS) for n in ("self_attn.qkv_proj", "self_attn.o_proj")]
+        names += [f"model.layers.{i}.mlp.{n}" for i in range(LAYERS) for n in ("gate_up_proj", "down_proj")]
+        assert sorted(row[0] for row in rows) == sorted(names)
+        assert all(row[4:7] == ["w4a4", mode, path] for row in rows)
+        assert f"path {path} ({len(names)} linears): " in text
+    down = model.model.layers[1].mlp.down_in.scale.item()
+    line = next(line for line in integers.splitlines() if line.startswith("model.layers.1.mlp.down_proj"))
+    assert line.split()[1:4] == [str(WIDTH), "x", str(MLP)]
+    assert line.endswith(f"{down:.5g}" if mode == "static" else "per token")
+    assert f"{memory(model).linear_bytes:,} bytes in all" in integers
+    assert (
+        "keys and values: 4 bits, one " + ("static scale a head" if mode == "static" else "scale a token") in integers
+    )
+
+    found = model.calibration_record.prefix
+    assert f"prefix_ids: {list(found.prefix_ids) or 'none'}" in integers
+    assert f"prefix: {len(found.prefix_ids)} tokens" in integers
+    assert ("largest token ratio, BOS + text" in integers) == prefix
+    for fact in ("num_sequences: 2", "sequence_length: 32", "rounding: nearest", "seed: 0", "lm_head: 300 x 96"):
+        assert fact in integers
+
+
+def test_explain_16_bit_keys_and_no_record(calibrated):
+    model, config = calibrated("w4a4kv16", rotation=False)
+    del model.calibration_record
+    quantize_(model, config)
+    text = explain(model)
+    assert "keys and values: kept in bfloat16" in text
+    assert "rotation: none" in text
+    assert "no record is kept" in text
+
+
+def test_explain_says_that_the_rule_did_not_hold(calibrated):
+    model, _ = calibrated()
+    object.__setattr__(model.calibration_record.prefix, "rule_ids", (7,))
+    assert "prefix by the rule alone: [7]" in explain(model)
+
+
+@pytest.mark.parametrize("question", [explain, memory])
+def test_uncalibrated_models_are_refused(make_tiny, question):
+    with pytest.raises(ValueError, match="pq_ao.calibrate"):
+        question(make_tiny("llama"))
+
+
+def test_other_caches_are_refused(calibrated):
+    model, _ = calibrated()
+    with pytest.raises(TypeError, match="DynamicCache.*PrefixStaticCache"):
+        memory(model, DynamicCache())
