@@ -68,8 +68,8 @@ def calibrate(
     config: PrefixQuantConfig | None = None,
     *,
     data="embedded",
-    num_sequences: int = 64,
-    sequence_length: int = 512,
+    num_sequences: int = 16,
+    sequence_length: int = 2048,
     rounding: str = "nearest",
     search: str = "tensor",
     prefix_ids: Sequence[int] | None = None,
@@ -87,7 +87,8 @@ def calibrate(
         config: the scheme, `prefixquant_config()` where None.
         data: corpus: "embedded", "wikitext2", "pile", "c4", a text or jsonl file, or a list of strings
             (see `pq_ao.data.load_text`).
-        num_sequences, sequence_length: calibration windows and their tokens.
+        num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
+            distances that they are seen at.
         rounding: "nearest" (searched clipping of each output channel).
         search: objective for the static activation scales: "tensor" (the activation's own squared error), "block"
             (that of the block's output, method section 4.2) or "none" (min-max).

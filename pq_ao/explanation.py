@@ -51,7 +51,7 @@ class MemoryReport:
             static scales and shifts of their inputs. Before `quantize_` floating-point weight and codes are both held.
         linear_bf16_bytes: the same weights in bfloat16.
         kept_bytes: embedding and head.
-        kv_bytes: what the cache holds, the prefix's keys and values, and the static scales; None without a cache.
+        kv_bytes: what the cache holds, the prefix's keys and values, static scales and shifts; None without a cache.
         kv_bf16_bytes: keys and values of a StaticCache in bfloat16, same batch and length; None without a cache.
     """
 
@@ -177,7 +177,7 @@ def _linear_bytes(linear: CalibratedLinear) -> int:
 
 def _prefix_bytes(attention: PrefixAttention) -> int:
     kv = attention.kv
-    static = () if kv.dynamic or kv.bits == 16 else (kv.key_scale, kv.value_scale)
+    static = () if kv.dynamic or kv.bits == 16 else (kv.key_scale, kv.value_scale, kv.key_shift, kv.value_shift)
     return sum(map(_bytes, (attention.prefix_k, attention.prefix_v, *static)))
 
 
@@ -227,7 +227,7 @@ def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str
     if first.kv.bits == 16:
         scheme = f"kept in {_name(first.fixed_dtype)}"
     else:
-        scales = "one scale a token and head" if first.kv.dynamic else "one static scale a head"
+        scales = "one scale a token and head" if first.kv.dynamic else "one static scale a head, one shift a channel"
         scheme = f"{first.kv.bits} bits, {scales}, path {first.kv.path.value}"
     rotation = "R1 and R2 in the weights, R3 and R4 online" if linear.config.rotation else "none"
     prefix = sum(_bytes(attention.prefix_k) + _bytes(attention.prefix_v) for attention in attentions)

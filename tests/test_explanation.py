@@ -62,7 +62,7 @@ def test_bytes_of_a_quantized_model(calibrated, scheme, mode):
     prefix = LAYERS * 2 * GROUPS * model.model.layers[0].self_attn.prefix_k.shape[1] * HEAD_DIM * 2
     scales = 0
     if config.kv_bits < 16:
-        scales = LAYERS * 2 * GROUPS * 4 if static else slots * 4
+        scales = LAYERS * 2 * GROUPS * (1 + HEAD_DIM) * 4 if static else slots * 4  # static: with shifts
     assert prefix > 0
     assert report.kv_bytes == slots * HEAD_DIM * config.kv_bits // 8 + prefix + scales
     assert report.kv_bf16_bytes == slots * HEAD_DIM * 2
