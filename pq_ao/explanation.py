@@ -127,12 +127,15 @@ def live_bytes() -> Counter[str]:
     seen: set[int] = set()
     for item in gc.get_objects():
         # type(), not isinstance: that asks the object for __class__, which lazy ones answer with an import
-        if not issubclass(type(item), Tensor) or is_traceable_wrapper_subclass(item) or item.device.type == "meta":
-            continue
-        if item.layout is not torch.strided:
+        if (
+            not issubclass(type(item), Tensor)
+            or is_traceable_wrapper_subclass(item)
+            or item.layout is not torch.strided
+        ):
             continue
         storage = item.untyped_storage()
-        if storage._cdata not in seen:
+        # the compiler's fake tensors show a device, and only their storage tells that they have no bytes
+        if storage.device.type != "meta" and storage._cdata not in seen:
             seen.add(storage._cdata)
             total[str(item.dtype).removeprefix("torch.")] += storage.nbytes()
     return total

@@ -198,3 +198,15 @@ def test_other_caches_are_refused(calibrated):
     model, _ = calibrated()
     with pytest.raises(TypeError, match="DynamicCache.*PrefixStaticCache"):
         memory(model, DynamicCache())
+
+
+def test_live_bytes_leaves_out_tensors_without_bytes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    before = pq_ao.live_bytes()
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake = mode.from_tensor(torch.zeros(64, 3), static_shapes=False)
+    meta = torch.zeros(1000, device="meta")
+    assert fake.device.type == "cpu" and meta.numel() == 1000
+    assert (pq_ao.live_bytes() - before).total() == 0
