@@ -21,7 +21,7 @@ from pq_ao.modules import (
     path_switches,
 )
 from pq_ao.prefix import PrefixReport, find_prefix, outlier_statistics
-from pq_ao.rotation import check_weights, rotate_
+from pq_ao.rotation import begin_rotation, check_weights
 from pq_ao.rounding import LayerInputs, corrected_bias, round_nearest
 from pq_ao.scale_search import BlockSites, search_activations, search_keys, search_values
 from pq_ao.tensors import PackedWeight
@@ -113,18 +113,19 @@ def calibrate(
     check_weights(model)
     windows = calibration_windows(tokenizer, data, num_sequences, sequence_length, seed)
     if config.prefix:
-        prefix = find_prefix(model, tokenizer, windows, prefix_ids)
+        prefix = find_prefix(model, tokenizer, windows, prefix_ids, progress)
     else:
-        prefix = PrefixReport((), statistics=outlier_statistics(model, windows))
+        prefix = PrefixReport((), statistics=outlier_statistics(model, windows, progress=progress))
     described = data if isinstance(data, str) else f"{type(data).__name__}"
     record = CalibrationRecord(config, prefix, described, num_sequences, sequence_length, rounding, search, seed)
 
     family, dtype = family_of(model), model.dtype
-    rotate_(model, config, seed=seed, block_dtype=torch.float32, progress=progress)
+    rotator = begin_rotation(model, config, seed=seed, block_dtype=torch.float32)
     body = _Stream(model, family, windows, first_position=0)
     head = _Stream(model, family, torch.tensor([prefix.prefix_ids], dtype=torch.int64), -len(prefix.prefix_ids))
     layers = model.get_submodule(family.layers)
-    for layer in tqdm(layers, desc="calibrating", unit="block", disable=not progress):
+    for index, layer in enumerate(tqdm(layers, desc="calibrating", unit="block", disable=not progress)):
+        rotator.replace(layer, index)  # in float32, one block at a time
         if prefix.prefix_ids:
             _store_prefix(layer, family, head)
         record.scales.append(_calibrate_block(layer, family, config, body, search))
@@ -186,10 +187,9 @@ def _calibrate_block(
 ) -> dict:
     attention, mlp = _attention(layer, family), layer.get_submodule(family.mlp)
     sites = BlockSites(layer, family, body)
-    ranges = sites.observe()
     scales: dict[str, float | list[float]] = {}
     if config.mode == "static":
-        scales |= search_activations(sites, ranges, config.act_bits, search)
+        scales |= search_activations(sites, sites.observe(), config.act_bits, search)
         if config.kv_bits < 16:
             scales |= search_values(sites, config.kv_bits, search)
             scales |= search_keys(sites, config.kv_bits, search)

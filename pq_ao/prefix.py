@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pq_ao.families import family_of
@@ -128,11 +129,11 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
 
 
 def outlier_statistics(
-    model: PreTrainedModel, windows: Tensor, threshold: float = OUTLIER_THRESHOLD
+    model: PreTrainedModel, windows: Tensor, threshold: float = OUTLIER_THRESHOLD, progress: bool = False
 ) -> OutlierStatistics:
     """Counts outlier tokens over calibration windows, int64 [N, T], one sequence at a time."""
     counts, frequencies, largest = [], Counter(), 0.0
-    for ids in windows:
+    for ids in tqdm(windows, desc="finding outlier tokens", unit="sequence", disable=not progress):
         ratios = token_ratios(model, ids)
         outlier = ratios > threshold
         counts.append(outlier.sum(dim=1).double())
@@ -207,6 +208,7 @@ def find_prefix(
     tokenizer: PreTrainedTokenizerBase,
     windows: Tensor,
     prefix_ids: Sequence[int] | None = None,
+    progress: bool = False,
 ) -> PrefixReport:
     """Chooses the prefix by the rule, checks it on four kinds of input, and mends it where it does not hold.
 
@@ -217,6 +219,7 @@ def find_prefix(
         tokenizer: its tokenizer; the chat template, if any, makes one kind of input.
         windows: int64 [N, T], tokenized without special tokens.
         prefix_ids: a prefix of the user's own; checked likewise, never changed.
+        progress: show a progress bar.
 
     Raises:
         ValueError: ids out of the vocabulary, no id for BOS, or NaN and Inf activations.
@@ -232,7 +235,7 @@ def find_prefix(
     if prefix_ids is not None:
         chosen, rule, statistics = tuple(prefix_ids), None, None
     else:
-        statistics = outlier_statistics(model, windows)
+        statistics = outlier_statistics(model, windows, progress=progress)
         rule = prefix_by_rule(statistics, bos_id)
         chosen = _mend(model, inputs, rule, _ordinary_tokens(tokenizer, windows))
     after = worst_ratios(model, inputs, chosen)

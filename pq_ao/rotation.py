@@ -106,13 +106,22 @@ def _join(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:
     )
 
 
-class _BlockBuilder:
-    """Builds our modules for the decoder layers of one model."""
+class BlockRotator:
+    """Rotates the decoder blocks of one model and puts our modules in place, one block at a time.
+
+    Args:
+        family: names of the parts.
+        model_config: the model's own config.
+        config: what the quantizers of the new modules will be.
+        rotation: R1 and R2.
+        dtype: of the rotated weights.
+    """
 
     def __init__(self, family: DecoderFamily, model_config, config: PrefixQuantConfig, rotation: Rotation, dtype):
         self.family, self.model_config, self.config = family, model_config, config
         self.rotation, self.dtype = rotation, dtype
 
+    @torch.no_grad()
     def replace(self, layer: nn.Module, layer_idx: int) -> None:
         """Exchanges norms, attention and MLP of `layer`."""
         family, rotation = self.family, self.rotation
@@ -175,26 +184,15 @@ class _BlockBuilder:
 
 
 @torch.no_grad()
-def rotate_(
-    model: PreTrainedModel,
-    config: PrefixQuantConfig,
-    *,
-    seed: int = 0,
-    block_dtype: torch.dtype | None = None,
-    progress: bool = False,
-) -> PreTrainedModel:
-    """Fuses norms, rotates and exchanges the modules of every decoder block, in place; the function stays the same.
+def begin_rotation(
+    model: PreTrainedModel, config: PrefixQuantConfig, *, seed: int = 0, block_dtype: torch.dtype | None = None
+) -> BlockRotator:
+    """Rotates what stands around the decoder blocks, in place, and returns what rotates the blocks.
 
-    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1 (method section 2.6).
+    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1 (method section 2.6). The model
+    computes nonsense until every block was replaced.
 
-    Args:
-        model: a decoder of a known family, in floating point.
-        config: says whether to rotate, and what the quantizers of the new modules will be.
-        seed: draws R1 and R2.
-        block_dtype: dtype of the block weights, the model's own where None (calibration works in float32).
-
-    Raises:
-        ValueError: family not supported, NaN or Inf in a weight, or a model that was rotated before.
+    Args and errors: see `rotate_`.
     """
     family = family_of(model)
     if any(isinstance(module, PrefixAttention) for module in model.modules()):
@@ -215,10 +213,28 @@ def rotate_(
     replace_submodule(model, family.head, KeptLinear(head, None if head_bias is None else head_bias.to(dtype)))
     final_norm.weight.fill_(1)
 
-    builder = _BlockBuilder(family, model.config, config, rotation, block_dtype or dtype)
-    layers = model.get_submodule(family.layers)
-    for index, layer in enumerate(tqdm(layers, desc="rotating", unit="block", disable=not progress)):
-        builder.replace(layer, index)
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return BlockRotator(family, model.config, config, rotation, block_dtype or dtype)
+
+
+def rotate_(
+    model: PreTrainedModel, config: PrefixQuantConfig, *, seed: int = 0, progress: bool = False
+) -> PreTrainedModel:
+    """Fuses norms, rotates and exchanges the modules of every decoder block, in place; the function stays the same.
+
+    Args:
+        model: a decoder of a known family, in floating point.
+        config: says whether to rotate, and what the quantizers of the new modules will be.
+        seed: draws R1 and R2.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: family not supported, NaN or Inf in a weight, or a model that was rotated before.
+    """
+    rotator = begin_rotation(model, config, seed=seed)
+    layers = model.get_submodule(rotator.family.layers)
+    for index, layer in enumerate(tqdm(layers, desc="rotating", unit="block", disable=not progress)):
+        rotator.replace(layer, index)
+    return model

@@ -22,13 +22,13 @@ class LayerInputs:
     Attributes:
         gram: float32 [K, K], sum of z^T z.
         cross: float32 [K, K], sum of z^T x.
-        mean: float32 [K], mean of the inputs with their shift.
+        mean: float32 [K], mean of the inputs before the shift was taken off, which is the shift; None without one.
         quantized_mean: float32 [K], mean of z.
     """
 
     gram: Tensor
     cross: Tensor
-    mean: Tensor
+    mean: Tensor | None
     quantized_mean: Tensor
 
 

@@ -28,6 +28,7 @@ _KV_FINE = (-0.025, 0.025)
 _SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
 _SEARCH_QUERIES = 128  # of each sequence, evenly spread, for the key search: keys matter to all of them alike
 _HISTOGRAM_BINS = 16384
+_RECORDED_BYTES = 2**31  # of a block's linear inputs, kept between passes where they fit
 
 
 @dataclass
@@ -56,8 +57,7 @@ class BlockSites:
         self.attention = layer.get_submodule(family.attention)
         self.norm = layer.get_submodule(family.attention_norm)
         self.tokens = body.hidden.shape[0] * body.hidden.shape[1]
-        self.means: dict[str, Tensor] = {}
-        self._recorded: list[tuple[str, Tensor]] = []
+        self._recorded: list[tuple[str, Tensor]] | None = None
         self.quantizers: dict[str, ActivationQuantizer] = {
             "attn_in": self.norm.quantizer,
             "o_in": self.attention.o_in,
@@ -66,7 +66,7 @@ class BlockSites:
         }
 
     def observe(self) -> dict[str, SiteRange]:
-        """Two passes over all sequences: means and extremes, from which come the shifts; then histograms.
+        """Static mode: means and extremes over all sequences, from which come the shifts; then histograms.
 
         Raises:
             ValueError: an activation is NaN or Inf.
@@ -84,20 +84,15 @@ class BlockSites:
         self._watch(extremes)
         absmax = {}
         for site, quantizer in self.quantizers.items():
-            self.means[site] = (sums[site] / self.tokens).float()
-            if quantizer.shift is not None:
-                quantizer.shift.copy_(self.means[site])
-            shift = 0 if quantizer.shift is None else quantizer.shift
-            absmax[site] = float(torch.maximum(high[site] - shift, shift - low[site]).amax())
+            quantizer.shift.copy_(sums[site] / self.tokens)
+            absmax[site] = float(torch.maximum(high[site] - quantizer.shift, quantizer.shift - low[site]).amax())
             if not absmax[site] < float("inf"):  # catches NaN as well
                 raise ValueError(f"model: the activation {site} of a block is {absmax[site]}; check weights and data.")
-        device = self.means["attn_in"].device
-        histograms = {site: torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64, device=device) for site in SITES}
+        histograms: dict[str, Tensor] = {}
 
         def histogram(site: str, x: Tensor) -> None:
-            shift = self.quantizers[site].shift
-            x = x if shift is None else x - shift
-            histograms[site] += torch.histc(x, _HISTOGRAM_BINS, -absmax[site], absmax[site]).double()
+            x = x - self.quantizers[site].shift
+            _accumulate(histograms, site, torch.histc(x, _HISTOGRAM_BINS, -absmax[site], absmax[site]).double())
 
         self._watch(histogram)
         return {site: SiteRange(absmax[site], histograms[site]) for site in SITES}
@@ -119,31 +114,38 @@ class BlockSites:
 
         self._watch(products)
         return {
-            site: LayerInputs(grams[site], crosses[site], self.means[site], (sums[site] / self.tokens).float())
-            for site in SITES
+            site: LayerInputs(grams[site], crosses[site], quantizer.shift, (sums[site] / self.tokens).float())
+            for site, quantizer in self.quantizers.items()
         }
 
     def _watch(self, observer) -> None:
-        """Shows `observer` the input of every site; a single batch is run once and remembered."""
-        for site, x in self._recorded:
-            observer(site, x)
-        if self._recorded:
+        """Shows `observer` the input of every site, batch by batch; the block runs again only if they were too many."""
+        if self._recorded is not None:
+            for site, x in self._recorded:
+                observer(site, x)
             return
-        batches = self.body.batches()
+        recorded: list[tuple[str, Tensor]] = []
+        seen = 0
 
         def notice(site: str, x: Tensor) -> None:
+            nonlocal seen
             observer(site, x)
-            if len(batches) == 1:
-                self._recorded.append((site, x))
+            seen += x.nbytes
+            if seen <= _RECORDED_BYTES:
+                recorded.append((site, x))
+            else:
+                recorded.clear()
 
         for site, quantizer in self.quantizers.items():
             quantizer.observer = lambda x, site=site: notice(site, x)
         try:
-            for batch in batches:
+            for batch in self.body.batches():
                 self.body.run(self.layer, batch)
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.observer = None
+        if seen <= _RECORDED_BYTES:
+            self._recorded = recorded
 
     @cached_property
     def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pq_ao
 from pq_ao import PrefixQuantConfig, rotate_
 from pq_ao.modules import CalibratedLinear, KeptEmbedding, KeptLinear, PrefixAttention, PrefixMLP, PrefixRMSNorm
-from pq_ao.rotation import Rotation
+from pq_ao.rotation import Rotation, begin_rotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,7 +109,10 @@ class TestSameFunction:
         assert relative(expected, logits(model)) <= tolerance
 
     def test_block_dtype_leaves_embedding_and_head(self, make_tiny):
-        model = rotate_(make_tiny("llama", dtype=torch.bfloat16), PrefixQuantConfig(), block_dtype=torch.float32)
+        model = make_tiny("llama", dtype=torch.bfloat16)
+        rotator = begin_rotation(model, PrefixQuantConfig(), block_dtype=torch.float32)
+        for index, layer in enumerate(model.model.layers):
+            rotator.replace(layer, index)
         linears = [module for module in model.modules() if isinstance(module, CalibratedLinear)]
         assert {linear.weight.dtype for linear in linears} == {torch.float32}
         assert model.model.embed_tokens.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
