@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.ops import dequantize, prefix_attention
@@ -24,29 +24,52 @@ def _refuse(module: nn.Module, *args, **kwargs):
     )
 
 
-def _full_mask(*args, **kwargs) -> Tensor:
-    # never skipped: our attention needs a real mask for the body and widens it over the prefix itself
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+def _compact_mask(*args, mask_function=causal_mask_function, attention_mask=None, **kwargs) -> Tensor | None:
+    """What attention has to know beyond causality: None, the padding bool [B, S], or a whole mask bool [B, 1, L, S]."""
+    if mask_function is not causal_mask_function:
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    return prepare_padding_mask(attention_mask, kwargs["kv_length"], kwargs.get("kv_offset", 0))
 
 
 AttentionInterface.register(ATTENTION_NAME, _refuse)
-AttentionMaskInterface.register(ATTENTION_NAME, _full_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _compact_mask)
 
 
-def _check(module: nn.Module, mask: Tensor | None) -> None:
+def check_attention(module: nn.Module, mask: Tensor | None) -> None:
+    """Refuses what would bypass the prefix or the padding.
+
+    Raises:
+        ValueError: another attention implementation was forced on the model.
+        TypeError: a mask that is not boolean.
+    """
     chosen = module.model_config._attn_implementation
     if chosen != ATTENTION_NAME:
         raise ValueError(
             f"attn_implementation={chosen!r}: a calibrated model attends to its prefix with {ATTENTION_NAME!r} only; "
             f"call model.set_attn_implementation({ATTENTION_NAME!r})."
         )
-    if mask is None or mask.dtype != torch.bool:
-        kind = "None" if mask is None else str(mask.dtype)
+    if mask is not None and mask.dtype != torch.bool:
         raise TypeError(
-            f"attention_mask: a boolean mask [B, 1, L, S] is required here, got {kind}; pass a 2-d padding mask to the "
-            "model and let it build this one."
+            f"attention_mask: a boolean mask [B, 1, L, S] is required here, got {mask.dtype}; pass a 2-d padding mask "
+            "to the model and let it build this one."
         )
+
+
+def _dense_mask(mask: Tensor | None, start: Tensor | int, queries: int, slots: int, device: torch.device) -> Tensor:
+    """bool [B or 1, 1, L, S] of a compact mask, for queries that begin at slot `start`."""
+    if mask is not None and mask.ndim == 4:
+        return mask
+    slot = torch.arange(slots, device=device)
+    causal = slot <= (torch.arange(queries, device=device) + start).unsqueeze(-1)
+    return causal[None, None] if mask is None else causal & mask[:, None, None, :slots]
+
+
+def packed_layer(module: nn.Module, cache) -> PrefixStaticLayer | None:
+    """The layer of a `PrefixStaticCache` that belongs to an attention module; None for other caches, or without one."""
+    index = module.layer_idx
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return layer if isinstance(layer, PrefixStaticLayer) else None
 
 
 def attend(
@@ -59,28 +82,27 @@ def attend(
     mask: Tensor | None,
     cache,
 ) -> Tensor:
-    """Stores this step's keys and values where there is a cache, then attends over [prefix | body].
+    """Stores this step's keys and values where there is a cache, then attends over [prefix | body], unfused.
+
+    For floating point, the reference path, the caches of transformers and masks of a user's own.
 
     Args:
         module: a `PrefixAttention`.
         query: [B, H, L, D].
         key, value: [B, G, L, D], int8 codes with scales, or floats without.
         key_scale, value_scale: float32 [G] (static) or [B, G, L] (dynamic), or None.
-        mask: bool [B, 1, L, S].
+        mask: None (causal), bool [B, S] (causal, and False is padding) or bool [B, 1, L, S].
         cache: a `PrefixStaticCache`, a stock cache of transformers, or None.
 
     Returns:
         float32 [B, L, H, D].
-
-    Raises:
-        ValueError: another attention implementation was forced on the model.
-        TypeError: no boolean mask.
     """
-    _check(module, mask)
+    start: Tensor | int = 0
     if cache is not None:
         index = module.layer_idx
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        if isinstance(layer, PrefixStaticLayer):
+        held = cache.get_seq_length(index)
+        start = held.clone() if isinstance(held, Tensor) else held  # the tensor is about to move on
+        if packed_layer(module, cache) is not None:
             layer, _ = cache.update(key, value, index, key_scale=key_scale, value_scale=value_scale)
             key, value = layer.keys, layer.values
             if layer.key_scale is not None:
@@ -92,6 +114,7 @@ def attend(
                     key, value = dequantize(key, key_scale.unsqueeze(-1)), dequantize(value, value_scale.unsqueeze(-1))
                     key_scale = value_scale = None
             key, value = cache.update(key, value, index)
+    mask = _dense_mask(mask, start, query.shape[2], key.shape[2], query.device)
     prefix_k, prefix_v, value_shift = module.prefix_k, module.prefix_v, None
     if module.kv.value_shift is not None and not key.is_floating_point():
         value_shift = module.kv.value_shift

@@ -34,7 +34,9 @@ class PrefixStaticCache(Cache):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r}: must be an integer of at least 1.")
         layers = []
-        for attention in attention_modules(model):
+        attentions = attention_modules(model)
+        length = torch.zeros((), dtype=torch.int64, device=attentions[0].prefix_k.device)
+        for attention in attentions:
             kv = attention.kv
             bits = kv.bits if kv.path is Path.INTEGER else 16
             dtype = {4: torch.uint8, 8: torch.int8, 16: attention.fixed_dtype}[bits]
@@ -44,12 +46,13 @@ class PrefixStaticCache(Cache):
                 max_cache_len,
                 attention.head_dim,
                 bits,
+                length,
                 dtype=dtype,
                 device=attention.prefix_k.device,
                 per_token_scales=kv.dynamic and bits < 16,
             )
             layers.append(layer)
-        layers[0].is_first = True
+        layers[0].is_first = layers[-1].is_last = True
         super().__init__(layers=layers)
 
     @property

@@ -16,17 +16,22 @@ class PrefixStaticLayer(StaticLayer):
     Attributes:
         keys, values: uint8 [B, G, S, D / 2] (4 bits), int8 [B, G, S, D] (8 bits) or floats [B, G, S, D].
         key_scale, value_scale: float32 [B, G, S] in dynamic mode, else None (static scales are the attention's).
-        cumulative_length: int64 tensor, tokens held; changed in place only, for compiled steps keep its address.
+        cumulative_length: int64 0-dim tensor, tokens held: one for all layers, so that a step counts once. Changed in
+            place only, for compiled steps keep its address.
+        is_first, is_last: whether this layer checks the room for a step, and whether it counts its tokens.
     """
 
     is_croppable = True
+    is_first = is_last = False
 
-    def __init__(self, batch_size: int, kv_heads: int, max_cache_len: int, head_dim: int, bits: int, **kwargs):
+    def __init__(
+        self, batch_size: int, kv_heads: int, max_cache_len: int, head_dim: int, bits: int, length: Tensor, **kwargs
+    ):
         super().__init__(max_cache_len)
         self.batch_size, self.num_heads = batch_size, kv_heads
         self.k_head_dim = self.v_head_dim = head_dim
         self.bits = bits
-        self.is_first = False
+        self.cumulative_length = length
         self._allocate(**kwargs)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device, per_token_scales: bool) -> None:
@@ -38,7 +43,6 @@ class PrefixStaticLayer(StaticLayer):
         scales = torch.zeros(*slots, device=device) if per_token_scales else None
         self.key_scale = scales
         self.value_scale = None if scales is None else scales.clone()
-        self.cumulative_length = self.cumulative_length.to(device)
         for tensor in (self.keys, self.values, self.key_scale, self.value_scale, self.cumulative_length):
             if tensor is not None:
                 # CUDA graphs are skipped for mutated inputs without a fixed address
@@ -59,33 +63,46 @@ class PrefixStaticLayer(StaticLayer):
     ) -> tuple["PrefixStaticLayer", "PrefixStaticLayer"]:
         """Appends keys and values and hands out the layer itself, so that they reach attention still packed.
 
+        The fused path does without: `pq_ao::rope_store` writes the slots, between `check` and `advance`.
+
         Args:
             key_states, value_states: [B, G, L, D], int8 codes or floats, as the layer's bits ask for.
             key_scale, value_scale: float32 [B, G, L] in dynamic mode.
 
         Raises:
-            ValueError: batch larger or smaller than the cache's, or more tokens than it has room for.
+            ValueError: see `check`.
         """
         batch, _, length, _ = key_states.shape
-        if batch != self.batch_size:
-            raise ValueError(
-                f"past_key_values: a batch of {batch} was given to a PrefixStaticCache with "
-                f"batch_size={self.batch_size}; make one with batch_size={batch}."
-            )
-        if self.is_first and not torch.compiler.is_compiling():
-            self._check_room(length)
+        self.check(batch, length)
         if self.bits == 4:
             key_states, value_states = pack_int4(key_states), pack_int4(value_states)
         slots = torch.arange(length, device=self.device) + self.cumulative_length
-        self.cumulative_length.add_(length)
         self.keys.index_copy_(2, slots, key_states)
         self.values.index_copy_(2, slots, value_states)
         if self.key_scale is not None:
             self.key_scale.index_copy_(2, slots, key_scale)
             self.value_scale.index_copy_(2, slots, value_scale)
+        self.advance(length)
         return self, self
 
-    def _check_room(self, length: int) -> None:
+    def advance(self, length: int) -> None:
+        """Counts `length` tokens as held, once all layers have stored them."""
+        if self.is_last:
+            self.cumulative_length.add_(length)
+
+    def check(self, batch: int, length: int) -> None:
+        """Refuses a step that does not fit; the room is looked at in eager steps only.
+
+        Raises:
+            ValueError: batch larger or smaller than the cache's, or more tokens than it has room for.
+        """
+        if batch != self.batch_size:
+            raise ValueError(
+                f"past_key_values: a batch of {batch} was given to a PrefixStaticCache with "
+                f"batch_size={self.batch_size}; make one with batch_size={batch}."
+            )
+        if not self.is_first or torch.compiler.is_compiling():
+            return
         held = int(self.cumulative_length)
         if held + length > self.max_cache_len:
             raise ValueError(
@@ -115,7 +132,7 @@ class PrefixStaticLayer(StaticLayer):
                 f"tokens_to_remove={tokens_to_remove}: must be between {-held} (all the tokens held) and -1, negative "
                 "to say how many of the last tokens to forget."
             )
-        self.cumulative_length.add_(tokens_to_remove)  # slots behind it are masked, then overwritten
+        self.advance(tokens_to_remove)  # slots behind it are masked, then overwritten
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search, in place: the addresses must stay."""

@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from pq_ao.attention import attend
+from pq_ao.attention import attend, check_attention
 from pq_ao.config import PrefixQuantConfig
 from pq_ao.hadamard import hadamard_base
 from pq_ao.ops import dequantize, hadamard, quantize, quantize_per_row
@@ -304,6 +304,7 @@ class PrefixAttention(FixedDtype):
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Same contract as the attention of transformers; attention weights are never returned."""
+        check_attention(self, attention_mask)
         query, key, value = self.project(hidden_states, position_embeddings)
         key, value, key_scale, value_scale = self.kv(key, value, self.fixed_dtype)
         out_BLHD = attend(

@@ -1,0 +1,22 @@
+"""Counters of the kernels that split their work and let the last arriver reduce it."""
+
+import torch
+from torch import Tensor
+
+COUNTERS = 1 << 16
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def counters(device: torch.device) -> Tensor:
+    """int32 [65536], zero between kernels: whoever arrives last at a counter puts it back to zero.
+
+    One buffer a device, for kernels of one stream at a time. It must not be born inside a CUDA graph's memory pool, so
+    `quantize_` and the cache ask for it beforehand.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _counters:
+        _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device]

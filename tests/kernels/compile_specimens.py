@@ -1,0 +1,48 @@
+"""Compiles every specimen for one architecture and reports as JSON: `python -m tests.kernels.compile_specimens 90`.
+
+A process of its own: the interpreter, which the other tests run kernels in, replaces the compiler for good.
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.kernels import specimens
+from tests.kernels.specimens import Specimen
+
+
+def all_specimens() -> list[Specimen]:
+    """Those of every module in `tests.kernels.specimens`."""
+    names = (f"{specimens.__name__}.{module.name}" for module in pkgutil.iter_modules(specimens.__path__))
+    return [specimen for name in names for specimen in importlib.import_module(name).SPECIMENS]
+
+
+def compile_for(specimen: Specimen, arch: int):
+    """The compiled kernel of Triton, for a GPU of compute capability `arch`."""
+    names = specimen.kernel.arg_names
+    signature = {name: specimen.types.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned}
+    constants = {(names.index(name),): value for name, value in specimen.constants.items()}
+    source = ASTSource(specimen.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(specimen.options))
+
+
+def main(arch: int, only: str = "") -> None:
+    """Prints one JSON object: name of each specimen to its shared memory in bytes and kinds of matrix instructions."""
+    report = {}
+    for specimen in all_specimens():
+        if arch >= specimen.minimum_arch and only in specimen.name:
+            compiled = compile_for(specimen, arch)
+            ptx = compiled.asm["ptx"]
+            used = sorted(word for word in ("wgmma", "mma.sync", "tcgen05", "dp4a", "cp.async") if word in ptx)
+            report[specimen.name] = {"shared": compiled.metadata.shared, "instructions": used}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
