@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pq_ao
-from benchmarks.results_file import RESULTS, Results, ResultsFile, Row, command_line
-from benchmarks.tables import accuracy as accuracy_tables
+from benchmarks.accuracy_table import accuracy as accuracy_tables
+from benchmarks.command import command_line, described, positive
+from benchmarks.results_file import RESULTS, Results, ResultsFile, Row
 from pq_ao.data import DATASET_NAMES, EMBEDDED, count_windows, load_text, token_ids
 
 logger = logging.getLogger(__name__)
@@ -252,11 +253,6 @@ class AccuracyRun:
         sys.stdout.flush()  # so that an interrupted run's log is whole
 
 
-def described(error: Exception) -> str:
-    """Type and first line of an error: the rest is in the log."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def refuse_overlap(corpus: str, calibration: str) -> None:
     """ValueError where one text holds the other: a model calibrated on its test text gives a number too good."""
     small, large = sorted((corpus.strip(), calibration.strip()), key=len)
@@ -289,14 +285,6 @@ def model_name(folder: Path | str) -> str:
 def text_name(source: str) -> str:
     """Name of a corpus, a file's without its folder."""
     return source if source in (EMBEDDED, *DATASET_NAMES) else Path(source).name
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; at least 1")
-    return value
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -161,14 +160,3 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found | {"cuda": torch.version.cuda, "python": platform.python_version()}
-
-
-def command_line(module: str, arguments: Sequence[str]) -> str:
-    """The command as results record it. Paths are shortened to their last part: results travel, folders do not."""
-    return shlex.join(["python", "-m", module, *map(_shortened, arguments)])
-
-
-def _shortened(argument: str) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    is_path = value.startswith((".", "~")) or os.path.isabs(value) or ("/" in value and os.path.exists(value))
-    return option + equals + (Path(value).name or value if is_path else value)

@@ -23,6 +23,9 @@ _HOME = {
     "memory": "pq_ao.explanation",
     "live_bytes": "pq_ao.explanation",
     "MemoryReport": "pq_ao.explanation",
+    "GenerationEngine": "pq_ao.generation",
+    "random_quantized_decoder": "pq_ao.random_decoder",
+    "quantize_head_": "pq_ao.head",
 }
 
 __all__ = sorted(_HOME)

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.modules import Path, attention_modules
+from pq_ao.ops.kernels.workspace import counters
 
 
 class PrefixStaticCache(Cache):
@@ -52,6 +53,7 @@ class PrefixStaticCache(Cache):
                 per_token_scales=kv.dynamic and bits < 16,
             )
             layers.append(layer)
+        counters(length.device)  # must exist before a CUDA graph is recorded
         layers[0].is_first = layers[-1].is_last = True
         super().__init__(layers=layers)
 

@@ -24,17 +24,32 @@ from pq_ao.modules import (
     PrefixAttention,
     attention_modules,
 )
+from pq_ao.ops.linear_paths import LinearPath, capability_of, linear_path
+from pq_ao.tensors import PackedWeight
 
 _BF16_BYTES = 2
 
 _PATH_MEANS = {
     Path.FLOAT: "rotated floating point: calibrated, but quantize_(model, config) has not run yet",
     Path.REFERENCE: "quantize and dequantize in float32: inside pq_ao.reference_path",
-    Path.INTEGER: "integer codes times integer codes, summed exactly in int32, scaled once in float32",
+    Path.INTEGER: "integer codes times integer codes, summed exactly, scaled once in float32",
 }
 
+_KERNEL_MEANS = {
+    LinearPath.DP4A: "packed words times int8 words on the integer units",
+    LinearPath.TILE: "int8 tensor cores, INT4 unpacked in registers",
+    LinearPath.E4M3: "INT4 unpacked to float8 in one pass, then torch._scaled_mm, whose float32 sums are exact here",
+    LinearPath.INT_MM: "unpacked to int8, then torch._int_mm",
+}
+
+# tokens up to which the choice of kernels is asked for: no bound lies higher
+_MOST_TOKENS = 1 << 14
+
 _KEPT = (
-    ("embedding, head", "few bits there cost more accuracy than they save memory; no calibration error can mend them"),
+    (
+        "embedding, head",
+        "few bits there cost more accuracy than memory they save; quantize_head_ takes the head to int8",
+    ),
     ("prefix keys, values", "their range is far from that of other tokens: one static scale cannot serve both"),
     ("queries", "used once and never stored"),
     ("RMSNorm, RoPE, R3, R4, softmax, SiLU, residual", "cheap, and errors there spread to everything behind"),
@@ -153,7 +168,8 @@ def explain(model: PreTrainedModel) -> str:
     """
     attentions = attention_modules(model)
     linears = _linears(model)
-    sections = [_linear_table(linears), _paths(linears), _kv_text(attentions, linears[0][1]), _kept_text(model)]
+    sections = [_linear_table(linears), _paths(linears), _kernels(linears)]
+    sections += [_kv_text(attentions, linears[0][1]), _kept_text(model)]
     record = getattr(model, "calibration_record", None)
     sections.append("calibration: no record is kept with this model" if record is None else _record_text(record))
     return "\n\n".join(sections)
@@ -225,6 +241,29 @@ def _paths(linears: list[tuple[str, CalibratedLinear]]) -> str:
     return "\n".join(f"path {path.value} ({count} linears): {_PATH_MEANS[path]}" for path, count in paths.items())
 
 
+def _kernels(linears: list[tuple[str, CalibratedLinear]]) -> str:
+    """Which kernel the linears take for how many tokens, on the device that they are on."""
+    integer = [linear for _, linear in linears if linear.path is Path.INTEGER]
+    if not integer:
+        return "kernels: none yet"
+    shapes = {(linear.out_features, linear.in_features): linear for linear in integer}
+    chosen: dict[str, list[str]] = {}
+    for (outs, inner), linear in shapes.items():
+        capability = capability_of(linear.weight.device)
+        bits = linear.config.weight_bits, linear.config.act_bits
+        spans: list[tuple[int, LinearPath]] = []
+        for tokens in range(1, _MOST_TOKENS + 1):
+            path = linear_path(tokens, outs, inner, *bits, capability)
+            if not spans or spans[-1][1] is not path:
+                spans.append((tokens, path))
+        ends = [f"to {begin - 1}" for begin, _ in spans[1:]] + ["and more"]
+        text = ", ".join(f"{begin} {end} {path.value}" for (begin, path), end in zip(spans, ends, strict=True))
+        chosen.setdefault(text, []).append(f"{outs} x {inner}")
+    lines = [f"kernels by tokens, {', '.join(names)}: {text}" for text, names in chosen.items()]
+    used = [path for path in LinearPath if any(path.value in text for text in chosen)]
+    return "\n".join(lines + [f"  {path.value}: {_KERNEL_MEANS[path]}" for path in used])
+
+
 def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str:
     first = attentions[0]
     if first.kv.bits == 16:
@@ -249,7 +288,9 @@ def _kept_text(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, KeptEmbedding | KeptLinear):
             shape = " x ".join(map(str, module.weight.shape))
-            lines.append(f"  {name}: {shape} in {_name(module.weight.dtype)}, {_bytes(module.weight):,} bytes")
+            is_int8 = isinstance(module.weight, PackedWeight)
+            kind = "int8, one scale a row" if is_int8 else _name(module.weight.dtype)
+            lines.append(f"  {name}: {shape} in {kind}, {_bytes(module.weight):,} bytes")
     return "\n".join(lines)
 
 

@@ -7,14 +7,27 @@ REFERENCE (quantize and dequantize in float32: what the integers are checked aga
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from pq_ao.attention import attend, check_attention
+from pq_ao.attention import attend, check_attention, packed_layer
+from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.config import PrefixQuantConfig
 from pq_ao.hadamard import hadamard_base
-from pq_ao.ops import dequantize, hadamard, quantize, quantize_per_row
+from pq_ao.ops import (
+    cache_attention,
+    dequantize,
+    hadamard,
+    quantize,
+    quantize_per_row,
+    rope_store,
+    silu_hadamard,
+)
+from pq_ao.ops.kernels.workspace import counters
+from pq_ao.ops.linear_paths import capability_of, encoding
 from pq_ao.tensors import PackedWeight, QuantizedActivation
 
 
@@ -80,12 +93,16 @@ class ActivationQuantizer(FixedDtype):
 
     def __init__(self, config: PrefixQuantConfig, width: int, device: torch.device):
         super().__init__()
-        self.bits = config.act_bits
+        self.bits, self.weight_bits = config.act_bits, config.weight_bits
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
         self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("scale", torch.ones(1, device=device))
         self.register_buffer("shift", None if self.dynamic else torch.zeros(width, device=device))
+
+    def encoding(self, tokens: int) -> torch.dtype:
+        """dtype of the codes that the linear behind reads best for so many tokens."""
+        return encoding(tokens, self.bits, self.weight_bits, capability_of(self.scale.device))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes of x - shift, and their scale (1,) or [..., 1]."""
@@ -103,7 +120,7 @@ class ActivationQuantizer(FixedDtype):
         if self.path is Path.REFERENCE:
             restored = dequantize(codes, scale)
             return restored if self.shift is None else restored + self.shift
-        return QuantizedActivation(codes, scale, dtype)
+        return QuantizedActivation(codes.to(self.encoding(x.numel() // x.shape[-1])), scale, dtype)
 
 
 class KVQuantizer(FixedDtype):
@@ -130,6 +147,12 @@ class KVQuantizer(FixedDtype):
             shift = torch.zeros(kv_heads, 1, head_dim, device=device) if shifted else None
             self.register_buffer(f"{name}_shift", shift)
 
+    def static(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Key scale, value scale, key shift, value shift of static mode; Nones otherwise."""
+        if self.key_shift is None:
+            return (None,) * 4
+        return self.key_scale, self.value_scale, self.key_shift, self.value_shift
+
     def _codes(self, x_BGLD: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.dynamic:
             codes, scale = quantize_per_row(x_BGLD, self.bits)
@@ -151,6 +174,30 @@ class KVQuantizer(FixedDtype):
         if self.key_shift is not None:
             key, value = key + self.key_shift, value + self.value_shift
         return key, value, None, None
+
+
+class KVSlots(NamedTuple):
+    """Where a call keeps keys and values: packed, with scales [B, G, S] in dynamic mode, its first token at `start`."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    start: Tensor
+
+    @classmethod
+    def for_one_call(
+        cls, kv: KVQuantizer, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
+    ) -> "KVSlots":
+        """Slots for a call without a cache."""
+        device = kv.key_scale.device
+        width = head_dim // 2 if kv.bits == 4 else head_dim
+        dtype = {4: torch.uint8, 8: torch.int8, 16: dtype}[kv.bits]
+        keys, values = (torch.empty(batch, kv_heads, length, width, dtype=dtype, device=device) for _ in range(2))
+        scales = (None, None)
+        if kv.dynamic and kv.bits < 16:
+            scales = tuple(torch.empty(batch, kv_heads, length, device=device) for _ in range(2))
+        return cls(keys, values, *scales, torch.zeros((), dtype=torch.int64, device=device))
 
 
 class CalibratedLinear(FixedDtype, nn.Linear):
@@ -196,6 +243,7 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         self.weight = nn.Parameter(self.packed, requires_grad=False)
         self.bias = None if self.packed_bias is None else nn.Parameter(self.packed_bias, requires_grad=False)
         self.packed = self.packed_bias = None
+        counters(self.weight.device)  # must exist before a CUDA graph is recorded
         for module in (self, *self.quantizers):
             module.path = Path.INTEGER
 
@@ -305,6 +353,12 @@ class PrefixAttention(FixedDtype):
     ) -> tuple[Tensor, None]:
         """Same contract as the attention of transformers; attention weights are never returned."""
         check_attention(self, attention_mask)
+        layer = packed_layer(self, past_key_values)
+        foreign = past_key_values is not None and layer is None
+        is_causal = attention_mask is None or attention_mask.ndim == 2
+        if self.qkv_proj.path is Path.INTEGER and is_causal and not foreign:
+            qkv = self.qkv_proj(hidden_states)
+            return self.o_proj(self._attend_fused(qkv, position_embeddings, attention_mask, layer)), None
         query, key, value = self.project(hidden_states, position_embeddings)
         key, value, key_scale, value_scale = self.kv(key, value, self.fixed_dtype)
         out_BLHD = attend(
@@ -312,6 +366,37 @@ class PrefixAttention(FixedDtype):
         )
         out = self.o_in(out_BLHD.flatten(-2), self.fixed_dtype)
         return self.o_proj(out), None
+
+    def _attend_fused(
+        self,
+        qkv: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        layer: PrefixStaticLayer | None,
+    ) -> Tensor:
+        """The input of `o_proj` from qkv [B, L, (H + 2G) D], by two ops: store keys and values, then attend."""
+        kv, site, (batch, length) = self.kv, self.o_in, qkv.shape[:2]
+        if layer is None:
+            slots = KVSlots.for_one_call(kv, batch, self.kv_heads, length, self.head_dim, self.fixed_dtype)
+        else:
+            layer.check(batch, length)
+            slots = KVSlots(layer.keys, layer.values, layer.key_scale, layer.value_scale, layer.cumulative_length)
+        static = kv.static()
+        norms = (None, None, 0.0)
+        if self.query_norm is not None:
+            norms = (self.query_norm.weight, self.key_norm.weight, self.query_norm.variance_epsilon)
+        query = rope_store(
+            qkv, *position_embeddings, self.head_base, *norms, *slots[:4], *static, slots.start, self.query_heads,
+            kv.bits,
+        )  # fmt: skip
+        scales = static[:2] if slots.key_scale is None else (slots.key_scale, slots.value_scale)
+        out = cache_attention(
+            query, slots.keys, slots.values, *scales, *static[2:], self.prefix_k, self.prefix_v, slots.start, visible,
+            self.scaling, None if site.dynamic else site.scale, site.shift, site.bits, site.encoding(batch * length),
+        )  # fmt: skip
+        if layer is not None:
+            layer.advance(length)
+        return site(out, self.fixed_dtype) if site.dynamic else QuantizedActivation(out, site.scale, self.fixed_dtype)
 
 
 class PrefixMLP(FixedDtype):
@@ -333,13 +418,21 @@ class PrefixMLP(FixedDtype):
         self.fixed_dtype = gate_up_proj.weight.dtype
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
         self.act_fn, self.down_in = act_fn, down_in
+        self.is_silu = isinstance(act_fn, (nn.SiLU, type(ACT2FN["silu"])))
         width, device = down_proj.in_features, down_proj.weight.device
         base = hadamard_base(width).to(device) if rotation else None
         self.register_buffer("down_base", base, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, L, d] to [B, L, d]."""
-        gate, up = self.gate_up_proj(hidden_states).float().chunk(2, dim=-1)
+        gate_up, site = self.gate_up_proj(hidden_states), self.down_in
+        if site.path is Path.INTEGER and self.is_silu:
+            encoding = site.encoding(gate_up.numel() // gate_up.shape[-1])
+            scale = None if site.dynamic else site.scale
+            codes, row_scale = silu_hadamard(gate_up, self.down_base, scale, site.shift, site.bits, encoding)
+            h = QuantizedActivation(codes, row_scale if site.dynamic else scale, self.fixed_dtype)
+            return self.down_proj(h)
+        gate, up = gate_up.float().chunk(2, dim=-1)
         h = self.act_fn(gate) * up
         if self.down_base is not None:
             h = hadamard(h, self.down_base)

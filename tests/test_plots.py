@@ -7,7 +7,7 @@ import torch
 from matplotlib import image
 
 from pq_ao import plots
-from pq_ao.plots import plot_outliers
+from pq_ao.plots import plot_outliers, plot_speedups, plotted
 
 LAYERS, TOKENS = 6, 20
 
@@ -85,4 +85,44 @@ def test_refusals(ratios, tmp_path, change, message):
     before, after, name = change(*ratios)
     with pytest.raises(ValueError, match=message):
         plot_outliers(before, after, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+SPEEDUPS = {
+    "decode": {"static": {(1, 1024): 2.9, (32, 8192): 3.1, (8, 2048): 2.0}, "other": {(1, 1024): 1.2}},
+    "prefill": {"static": {(4, 2048): 1.6}},
+}
+
+
+def test_speedups_are_drawn_by_batch(tmp_path):
+    figure = plots._draw_speedups(SPEEDUPS, "the title", "bf16")
+    decode, prefill = figure.axes
+    assert figure.get_suptitle() == "the title" and decode.get_ylabel() == "speed-up over bf16"
+    assert (decode.get_title(), prefill.get_title()) == ("decode", "prefill")
+    assert [tick.get_text() for tick in decode.get_xticklabels()] == ["1\nx 1,024", "8\nx 2,048", "32\nx 8,192"]
+    static, other, one = decode.get_lines()
+    assert list(static.get_ydata()) == [2.9, 2.0, 3.1] and list(other.get_ydata()) == [1.2]
+    assert static.get_color() == prefill.get_lines()[0].get_color() != other.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["static", "other"]
+
+    path = plot_speedups(SPEEDUPS, tmp_path / "new" / "speed.png", "the title")
+    assert [file.name for file in path.parent.iterdir()] == ["speed.png"]
+    assert image.imread(path).shape[1] >= 1200
+    assert plotted(path, SPEEDUPS, "the title") and not plotted(path, SPEEDUPS, "another")
+    assert not plotted(path, {"decode": SPEEDUPS["decode"]}, "the title")
+    assert not plotted(tmp_path / "missing.png", SPEEDUPS, "the title")
+
+
+@pytest.mark.parametrize(
+    ("panels", "name", "message"),
+    [
+        ({}, "a.png", "panels"),
+        ({"decode": {"a": {(1, 1): 0.0}}}, "a.png", "panels"),
+        ({"decode": {"a": {(1, 1): float("nan")}}}, "a.png", "panels"),
+        (SPEEDUPS, "a.pdf", "'a.pdf'"),
+    ],
+)
+def test_speedups_refused(tmp_path, panels, name, message):
+    with pytest.raises(ValueError, match=message):
+        plot_speedups(panels, tmp_path / name, "")
     assert not list(tmp_path.iterdir())

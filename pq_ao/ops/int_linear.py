@@ -1,13 +1,20 @@
-"""pq_ao::int_accumulate, the integer heart of every linear, and the fp32 epilogue that all paths share."""
+"""The linear of integer codes: exact products on the path that fits (`pq_ao.ops.linear_paths`), one fp32 epilogue.
+
+Few tokens go to one opaque kernel, epilogue included. Many tokens unpack the weight and call a matrix product of
+PyTorch, whose epilogue Inductor fuses with what follows.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pq_ao.ops.linear_paths import LinearPath, capability_of, linear_path
 from pq_ao.ops.packing import unpack_int4
 
 # cuBLASLt's int8 matmul refuses fewer rows, and inner or outer sizes that are not multiples of 8
 _CUDA_MIN_ROWS, _CUDA_MULTIPLE = 17, 8
+
+_UNPACKED_BY_KERNEL = 8  # in_features that the unpacking kernel takes are multiples of this
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -25,46 +32,167 @@ def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x.contiguous(), weight.t())[:rows, :outer]
 
 
+def _epilogue(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = acc.float() * (x_scale * w_scale)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
 @torch.library.custom_op("pq_ao::int_accumulate", mutates_args=())
-def int_accumulate(x_codes: Tensor, w_codes: Tensor) -> Tensor:
-    """Exact integer products: sum_k x[m, k] w[n, k].
-
-    Args:
-        x_codes: int8 [M, K].
-        w_codes: int8 [N, K], or uint8 [N, ceil(K / 2)] as `pack_int4` makes it.
-
-    Returns:
-        int32 [M, N]; exact while K * 2^(2 * bits - 2) < 2^31.
-    """
+def _accumulate(x_codes: Tensor, w_codes: Tensor) -> Tensor:
+    """int8 [M, K] times int8 [N, K] or packed uint8 transposed, int32 [M, N]: the reference, and the CPU's path."""
     weight = unpack_int4(w_codes, x_codes.shape[1]) if w_codes.dtype == torch.uint8 else w_codes
     if x_codes.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=torch.int32, device=x_codes.device)
     return _int8_matmul(x_codes, weight).contiguous()
 
 
-@int_accumulate.register_fake
+@_accumulate.register_fake
 def _(x_codes: Tensor, w_codes: Tensor) -> Tensor:
     return torch.empty(x_codes.shape[0], w_codes.shape[0], dtype=torch.int32, device=x_codes.device)
 
 
+@torch.library.custom_op("pq_ao::packed_linear", mutates_args=())
+def packed_linear(
+    x_codes: Tensor,
+    x_scale: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    path: str,
+) -> Tensor:
+    """The linear in one kernel, on the path "dp4a" or "tile".
+
+    Args:
+        x_codes: int8 [M, K].
+        x_scale: float32 (1,), or [M, 1] one for each row.
+        w_codes: int8 [N, K], or uint8 [N, ceil(K / 2)] as `pack_int4` makes it.
+        w_scale: float32 [N].
+        bias: float32 [N] or None.
+        dtype: of the result; int32 for the accumulators themselves, and scales and bias are not read then.
+        path: see `LinearPath`.
+
+    Returns:
+        `dtype` [M, N].
+    """
+    acc = _accumulate(x_codes, w_codes)
+    return acc if dtype == torch.int32 else _epilogue(acc, x_scale, w_scale, bias, dtype)
+
+
+@packed_linear.register_fake
+def _(x_codes, x_scale, w_codes, w_scale, bias, dtype, path):
+    return torch.empty(x_codes.shape[0], w_codes.shape[0], dtype=dtype, device=x_codes.device)
+
+
+@packed_linear.register_kernel("cuda")
+def _(x_codes, x_scale, w_codes, w_scale, bias, dtype, path):
+    if path == LinearPath.DP4A.value:
+        from pq_ao.ops.kernels.gemv import gemv as kernel
+    else:
+        from pq_ao.ops.kernels.tile_linear import tile_linear as kernel
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    return kernel(x_codes.contiguous(), x_scale, w_codes.contiguous(), w_scale, bias, dtype)
+
+
+@torch.library.custom_op("pq_ao::unpack_codes", mutates_args=())
+def unpack_codes(w_codes: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """uint8 [N, ceil(K / 2)] as `pack_int4` makes it to codes [N, K] of `dtype`, int8 or float8_e4m3fn."""
+    return unpack_int4(w_codes, in_features).contiguous().to(dtype)
+
+
+@unpack_codes.register_fake
+def _(w_codes, in_features, dtype):
+    return torch.empty(w_codes.shape[0], in_features, dtype=dtype, device=w_codes.device)
+
+
+@unpack_codes.register_kernel("cuda")
+def _(w_codes, in_features, dtype):
+    if in_features % _UNPACKED_BY_KERNEL:
+        return unpack_int4(w_codes, in_features).contiguous().to(dtype)
+    from pq_ao.ops.kernels.unpack import unpack
+
+    return unpack(w_codes.contiguous(), dtype)
+
+
+def _choose(x_codes: Tensor, w_codes: Tensor, act_bits: int | None) -> LinearPath:
+    """The path of these codes; where nobody says, float8 codes have 4 bits and int8 codes up to 8."""
+    if act_bits is None:
+        act_bits = 4 if x_codes.dtype == torch.float8_e4m3fn else 8
+    weight_bits = 4 if w_codes.dtype == torch.uint8 else 8
+    tokens, in_features = x_codes.shape
+    return linear_path(tokens, w_codes.shape[0], in_features, weight_bits, act_bits, capability_of(x_codes.device))
+
+
+def _matmul(x_codes: Tensor, w_codes: Tensor, path: LinearPath) -> Tensor:
+    """Accumulators [M, N] by a matrix product of PyTorch: float32 from E4M3, int32 from INT_MM."""
+    if path is LinearPath.E4M3:
+        weight = unpack_codes(w_codes, x_codes.shape[1], torch.float8_e4m3fn)
+        one = torch.ones((), dtype=torch.float32, device=x_codes.device)
+        # fast accumulation drops bits; without it every sum of 4-bit products is exact
+        return torch._scaled_mm(
+            x_codes.contiguous(), weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False
+        )
+    if x_codes.device.type == "cpu":
+        return _accumulate(x_codes, w_codes)
+    weight = unpack_codes(w_codes, x_codes.shape[1], torch.int8) if w_codes.dtype == torch.uint8 else w_codes
+    return _int8_matmul(x_codes, weight)
+
+
+def _as_read(x_codes: Tensor, path: LinearPath) -> Tensor:
+    """Codes in the dtype that `path` reads; exact, for both dtypes hold 4-bit codes."""
+    return x_codes.to(torch.float8_e4m3fn if path is LinearPath.E4M3 else torch.int8)
+
+
+def int_accumulate(
+    x_codes: Tensor, w_codes: Tensor, path: LinearPath | None = None, act_bits: int | None = None
+) -> Tensor:
+    """Exact integer products: sum_k x[m, k] w[n, k].
+
+    Args:
+        x_codes: int8 [M, K], or float8_e4m3fn [M, K] holding 4-bit codes.
+        w_codes: int8 [N, K], or uint8 [N, ceil(K / 2)] as `pack_int4` makes it.
+        path: the path to take; None for the one that `linear_path` chooses.
+        act_bits: 4 or 8; None means 4 for float8 codes, 8 for int8 codes.
+
+    Returns:
+        int32 [M, N]; exact while K * 2^(2 * bits - 2) < 2^31.
+    """
+    if path is None:
+        path = _choose(x_codes, w_codes, act_bits)
+    x_codes = _as_read(x_codes, path)
+    if path in (LinearPath.DP4A, LinearPath.TILE):
+        return packed_linear(x_codes, None, w_codes, None, None, torch.int32, path.value)
+    return _matmul(x_codes, w_codes, path).to(torch.int32).contiguous()
+
+
 def int_linear(
-    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    act_bits: int | None = None,
 ) -> Tensor:
     """y = accumulator * (x_scale * w_scale) + bias in float32, rounded once to `dtype` (method section 1.3).
 
     Args:
-        x_codes: int8 [..., K].
+        x_codes: int8 or float8_e4m3fn [..., K], see `int_accumulate`.
         x_scale: float32 (1,) static, or [..., 1] one for each row.
-        w_codes: see `int_accumulate`.
+        w_codes, act_bits: see `int_accumulate`.
         w_scale: float32 [N].
-        bias: [N] or None.
+        bias: float32 [N] or None.
 
     Returns:
         `dtype` [..., N].
     """
-    acc = int_accumulate(x_codes.reshape(-1, x_codes.shape[-1]), w_codes)
-    acc = acc.view(*x_codes.shape[:-1], w_codes.shape[0])
-    y = acc.float() * (x_scale * w_scale)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(dtype)
+    rows = x_codes.reshape(-1, x_codes.shape[-1])
+    shape = (*x_codes.shape[:-1], w_codes.shape[0])
+    path = _choose(rows, w_codes, act_bits)
+    rows = _as_read(rows, path)
+    if path in (LinearPath.DP4A, LinearPath.TILE):
+        x_scale = x_scale if x_scale.ndim == 1 else x_scale.reshape(-1, 1)
+        return packed_linear(rows, x_scale, w_codes, w_scale, bias, dtype, path.value).view(shape)
+    return _epilogue(_matmul(rows, w_codes, path).view(shape), x_scale, w_scale, bias, dtype)

@@ -1,9 +1,13 @@
 """Integer products are exact on every shape and for every code; the epilogue rounds once."""
 
+import random
+import sys
+
 import pytest
 import torch
 
 from pq_ao.ops import int_accumulate, int_linear, pack_int4
+from pq_ao.ops.linear_paths import LinearPath, forced_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,3 +153,119 @@ class TestLinear:
             torch.bfloat16,
         )
         assert y.shape == (*shape[:-1], 5) and y.dtype == torch.bfloat16
+
+
+class TestOps:
+    @pytest.mark.parametrize("packed", [False, True], ids=["int8", "packed"])
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+    def test_packed_linear(self, dtype, packed):
+        x, weight = random_codes(3, 9, bits=4), random_codes(5, 9, bits=4)
+        scales = (None, None, None) if dtype == torch.int32 else (torch.rand(3, 1), torch.rand(5), torch.rand(5))
+        arguments = (x, scales[0], stored(weight, packed), *scales[1:], dtype, "tile")
+        torch.library.opcheck(torch.ops.pq_ao.packed_linear.default, arguments)
+        if dtype == torch.int32:
+            assert torch.equal(torch.ops.pq_ao.packed_linear(*arguments).long(), exact(x, weight))
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+    @pytest.mark.parametrize("inner", [7, 16])
+    def test_unpack_codes(self, inner, dtype):
+        codes = random_codes(5, inner, bits=4)
+        torch.library.opcheck(torch.ops.pq_ao.unpack_codes.default, (pack_int4(codes), inner, dtype))
+        assert torch.equal(torch.ops.pq_ao.unpack_codes(pack_int4(codes), inner, dtype).to(torch.int8), codes)
+
+    def test_what_the_gpu_runs_traces_and_agrees(self, monkeypatch):
+        """Every path but INT_MM, on the CPU: choice, conversion of codes, unpacking and epilogue around the kernels."""
+        monkeypatch.setattr(sys.modules["pq_ao.ops.int_linear"], "capability_of", lambda device: (9, 0))
+        x, weight = random_codes(1040, 64, bits=4), random_codes(32, 64, bits=4)
+        x_scale, w_scale, bias = torch.tensor([0.3]), torch.rand(32), torch.rand(32)
+        torch._dynamo.reset()  # the limit on recompilations counts those of other tests
+        compiled = torch.compile(int_linear, fullgraph=True, dynamic=False, backend="aot_eager")
+        for rows in (1, 40, 1040):
+            expected = epilogue(exact(x[:rows], weight), x_scale, w_scale, bias, torch.float32)
+            for codes in (x[:rows], x[:rows].to(torch.float8_e4m3fn)):
+                y = compiled(codes, x_scale, pack_int4(weight), w_scale, bias, torch.float32)
+                assert torch.equal(y, expected), (rows, codes.dtype)
+        for path in (LinearPath.TILE, LinearPath.E4M3):
+            assert torch.equal(int_accumulate(x, pack_int4(weight), path).long(), exact(x, weight))
+
+    @pytest.mark.parametrize("x_scale", [torch.tensor([0.25]), torch.rand(2, 3, 1)], ids=["static", "per-row"])
+    def test_traces_as_one_graph(self, x_scale):
+        x, weight = random_codes(2, 3, 16, bits=4), pack_int4(random_codes(5, 16, bits=4))
+        w_scale, bias = torch.rand(5), torch.rand(5)
+        torch._dynamo.reset()  # the limit on recompilations counts those of other tests
+        compiled = torch.compile(int_linear, fullgraph=True, backend="aot_eager")
+        for codes in (x, x.to(torch.float8_e4m3fn)):
+            y = compiled(codes, x_scale, weight, w_scale, bias, torch.float32)
+            assert torch.equal(y, int_linear(x, x_scale, weight, w_scale, bias, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+class TestEveryPathOnTheGPU:
+    """Random shapes; sizes come from short lists, for some kernels are compiled for each."""
+
+    CASES = 320
+    DP4A_INNER = {True: (8, 72, 1032, 4096), False: (4, 100, 1160, 4096)}
+    INNER = (33, 640, 2050, 4096)
+
+    def shape(self, path: LinearPath, packed: bool, dice: random.Random) -> tuple[int, int, int]:
+        if path is LinearPath.DP4A:
+            return dice.randint(1, 8), dice.randint(1, 600), dice.choice(self.DP4A_INNER[packed])
+        rows = dice.choice((dice.randint(1, 40), dice.randint(41, 300), dice.randint(301, 4096)))
+        if path is LinearPath.E4M3:
+            return rows, 16 * dice.randint(1, 40), 16 * dice.randint(1, 120)
+        return rows, dice.randint(1, 600), dice.choice(self.INNER)
+
+    def arguments(self, path: LinearPath, dice: random.Random):
+        packed = path is LinearPath.E4M3 or dice.random() < 0.7
+        rows, outer, inner = self.shape(path, packed, dice)
+        bits = 4 if path is LinearPath.E4M3 else dice.choice((4, 8))
+        x = random_codes(rows, inner, bits=bits, seed=dice.getrandbits(31)).cuda()
+        weight = random_codes(outer, inner, bits=4 if packed else 8, seed=dice.getrandbits(31)).cuda()
+        # not exact of anybody's: float64 sums of integers are, below 2^53
+        expected = (x.double() @ weight.double().t()).to(torch.int32)
+        x = x.to(torch.float8_e4m3fn) if path is LinearPath.E4M3 or bits == 4 and dice.random() < 0.2 else x
+        return x, stored(weight, packed), weight, expected
+
+    @pytest.mark.parametrize("path", LinearPath, ids=lambda path: path.value)
+    def test_fuzz(self, path):
+        dice = random.Random(path.value)
+        for case in range(self.CASES):
+            x, w, weight, expected = self.arguments(path, dice)
+            got = int_accumulate(x, w, path)
+            assert torch.equal(got, expected), (case, tuple(x.shape), tuple(w.shape), x.dtype, w.dtype)
+            if case % 40 == 0:
+                on_cpu = int_accumulate(x[:8].cpu(), w.cpu())
+                assert torch.equal(got[:8].cpu(), on_cpu)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("path", LinearPath, ids=lambda path: path.value)
+    def test_epilogue_equals_the_cpu(self, path, dtype):
+        generator = torch.Generator().manual_seed(0)
+        rows = 8 if path is LinearPath.DP4A else 70
+        x, w = random_codes(rows, 1536, bits=4), pack_int4(random_codes(144, 1536, bits=4))
+        w_scale, bias = torch.rand(144, generator=generator), torch.randn(144, generator=generator)
+        for x_scale in (torch.rand(1, generator=generator), torch.rand(rows, 1, generator=generator)):
+            expected = int_linear(x, x_scale, w, w_scale, bias, dtype)
+            arguments = (x_scale.cuda(), w.cuda(), w_scale.cuda(), bias.cuda(), dtype, 4)
+            with forced_path(path):
+                assert torch.equal(int_linear(x.cuda(), *arguments).cpu(), expected)
+
+    @pytest.mark.parametrize("path", LinearPath, ids=lambda path: path.value)
+    @pytest.mark.parametrize("x_code, w_code", [(-8, -8), (7, 7), (-8, 7)])
+    def test_extremes(self, path, x_code, w_code):
+        x = torch.full((8, 14336), x_code, dtype=torch.int8, device="cuda")
+        weight = torch.full((4096, 14336), w_code, dtype=torch.int8, device="cuda")
+        got = int_accumulate(x, pack_int4(weight), path)
+        assert (got == 14336 * x_code * w_code).all()
+
+    def test_chosen_by_shape_and_traced(self):
+        x, w = random_codes(1040, 4096, bits=4), pack_int4(random_codes(64, 4096, bits=4))
+        x_scale, w_scale = torch.tensor([0.5]), torch.full((64,), 0.25)
+        torch._dynamo.reset()  # the limit on recompilations counts those of other tests
+        compiled = torch.compile(int_linear, fullgraph=True, dynamic=False)
+        for rows in (1, 40, 1040):
+            expected = int_linear(x[:rows], x_scale, w, w_scale, None, torch.bfloat16)
+            on_gpu = (x_scale.cuda(), w.cuda(), w_scale.cuda(), None, torch.bfloat16)
+            for codes in (x[:rows].cuda(), x[:rows].cuda().to(torch.float8_e4m3fn)):
+                assert torch.equal(compiled(codes, *on_gpu).cpu(), expected)

@@ -1,0 +1,329 @@
+"""Kernel of pq_ao::silu_hadamard: SwiGLU, the rotation R4 and quantization of a row without leaving the chip.
+
+A row of F = K * L elements, L a power of two, is h[k, l1, l2]. The axis l1 (T values) is done by butterflies between
+tensors that a thread holds whole, l2 by a product with a Walsh matrix, k by one with the base. With SPLIT programs a
+row, each reads all of it and keeps T / SPLIT of the l1 outputs, so that nothing has to be summed across programs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.kernels.hadamard import (
+    bf16_parts,
+    butterflies,
+    hadamard_entry,
+    join_rows,
+    matrix_times,
+    times_matrix,
+    walsh_sign,
+)
+from pq_ao.ops.kernels.interpret import INTERPRETED
+from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
+from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, code_range
+
+# the number whose last bits, once it is added, are the rounded integer
+_ROUNDER = tl.constexpr(12582912.0)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
+_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) to some 3 units in the last place; two special-function instructions, and no slow paths."""
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-x))
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+        "=f,f",
+        [x * -_LOG2_E],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _silu_times(gate_ptr, offsets, mask, F: tl.constexpr):
+    gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F + offsets, mask=mask, other=0.0).to(tl.float32)
+    return gate * _sigmoid(gate) * up
+
+
+@triton.jit
+def _rotate_chunk(
+    gate_ptr, base_ptr, first_k, first, first_out, walsh, y,
+    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Adds what BLOCK_K values of k give to y, a tuple of T / SPLIT / GROUP tensors [BLOCK_OUT, GROUP * BLOCK_L2]."""
+    k = first_k + tl.arange(0, BLOCK_K)[:, None]
+    l2 = tl.arange(0, BLOCK_L2)[None, :]
+    mask = (k < BASE * FOLD) & (l2 < L2)
+    h = ()
+    for l1 in tl.static_range(T):
+        h = h + (_silu_times(gate_ptr, k * (T * L2) + l1 * L2 + l2, mask, F),)
+    h = butterflies(h, first, T, SPLIT)
+    i = first_out + tl.arange(0, BLOCK_OUT)[:, None]
+    j = first_k + tl.arange(0, BLOCK_K)[None, :]
+    base = hadamard_entry(base_ptr, i, j, (i < BASE * FOLD) & (j < BASE * FOLD), BASE, FOLD)
+    high, low = bf16_parts(base)
+    done = ()
+    for group in tl.static_range(T // SPLIT // GROUP):
+        part = join_rows(h, group * GROUP, GROUP, BLOCK_K, BLOCK_L2)
+        if L2 > 1:
+            part = times_matrix(part, walsh, walsh, FLAT=True)
+        done = done + (matrix_times(high, low, tl.reshape(part, (BLOCK_K, GROUP * BLOCK_L2)), y[group], FLAT),)
+    return done
+
+
+@triton.jit
+def _scale_of_row(absmax, LOW: tl.constexpr, HIGH: tl.constexpr):
+    scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
+    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
+
+
+@triton.jit
+def _store_codes(y, inverse_scale, codes_ptr, mask, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Quantizes y and stores its codes; a pointer to float32 receives y as it is."""
+    if codes_ptr.dtype.element_ty == tl.float32:
+        codes = y
+    else:
+        # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
+        y = tl.minimum(tl.maximum(y * inverse_scale, LOW), HIGH) + _ROUNDER
+        if codes_ptr.dtype.element_ty == tl.int8:
+            codes = y.to(tl.int32, bitcast=True).to(tl.int8)
+        else:
+            codes = (y - _ROUNDER).to(codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr, codes, mask=mask)
+
+
+@triton.jit
+def _do_row(
+    row, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out, walsh,
+    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr, FLAT: tl.constexpr,
+    DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = BASE * FOLD
+    GROUPS: tl.constexpr = T // SPLIT // GROUP
+    norm: tl.constexpr = F**-0.5
+    row = row.to(tl.int64)
+    gate_ptr = gate_up_ptr + row * (2 * F)
+    y = ()
+    for _ in tl.static_range(GROUPS):
+        y = y + (tl.zeros((BLOCK_OUT, GROUP * BLOCK_L2), tl.float32),)
+    if K <= BLOCK_K:
+        y = _rotate_chunk(
+            gate_ptr, base_ptr, 0, first, first_out, walsh, y,
+            F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
+        )  # fmt: skip
+    else:
+        for first_k in range(0, K, BLOCK_K):
+            y = _rotate_chunk(
+                gate_ptr, base_ptr, first_k, first, first_out, walsh, y,
+                F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
+            )  # fmt: skip
+    if DYNAMIC:
+        # what lies outside the masks is zero: those rows and columns of the two matrices are
+        absmax = tl.max(tl.max(tl.abs(y[0]), axis=1), axis=0)
+        for group in tl.static_range(1, GROUPS):
+            absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(y[group]), axis=1), axis=0))
+        scale = _scale_of_row(absmax * norm, LOW, HIGH)
+        tl.store(row_scale_ptr + row, scale)
+    else:
+        scale = tl.load(scale_ptr)
+    k = first_out + tl.arange(0, BLOCK_OUT)[:, None]
+    column = tl.arange(0, GROUP * BLOCK_L2)[None, :]
+    mask = (k < K) & (column % BLOCK_L2 < L2)
+    for group in tl.static_range(GROUPS):
+        l1 = first * (T // SPLIT) + group * GROUP + column // BLOCK_L2
+        offsets = k * (T * L2) + l1 * L2 + column % BLOCK_L2
+        value = y[group] * norm
+        if shift_ptr is not None:
+            value -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
+        _store_codes(value, 1.0 / scale, codes_ptr + row * F + offsets, mask, LOW, HIGH)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def silu_hadamard_kernel(
+    gate_up_ptr,  # [M, 2F]
+    base_ptr,  # float32 [BASE, BASE]
+    scale_ptr,  # float32 (1,); unused if DYNAMIC
+    shift_ptr,  # float32 [F] or None
+    codes_ptr,  # [M, F] int8, float8 or, for tests, float32
+    row_scale_ptr,  # float32 [M]; used if DYNAMIC
+    rows,
+    F: tl.constexpr,
+    BASE: tl.constexpr,
+    FOLD: tl.constexpr,  # K = BASE * FOLD: that much of the power of two goes with the base
+    T: tl.constexpr,
+    L2: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,  # outputs l1 that go through the products together: more take more registers
+    BLOCK_OUT: tl.constexpr,  # outputs k of a program; SPLIT * cdiv(K, BLOCK_OUT) programs a row
+    BLOCK_K: tl.constexpr,
+    BLOCK_L2: tl.constexpr,
+    FLAT: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    STAGES: tl.constexpr,  # > 1: a program does many rows, the next one's loads in flight
+    PDL: tl.constexpr,
+):
+    TILES: tl.constexpr = SPLIT * ((BASE * FOLD + BLOCK_OUT - 1) // BLOCK_OUT)
+    program = tl.program_id(0)
+    tile = program % TILES
+    first, first_out = tile % SPLIT, tile // SPLIT * BLOCK_OUT
+    i, j = tl.arange(0, BLOCK_L2)[:, None], tl.arange(0, BLOCK_L2)[None, :]
+    walsh = tl.where((i < L2) & (j < L2), walsh_sign(i, j), 0.0).to(tl.bfloat16)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if STAGES > 1:
+        for row in tl.range(program // TILES, rows, tl.num_programs(0) // TILES, num_stages=STAGES):
+            _do_row(
+                row, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out, walsh,
+                F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
+            )  # fmt: skip
+    else:
+        _do_row(
+            program // TILES, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out,
+            walsh, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
+        )  # fmt: skip
+
+
+@triton.jit
+def silu_quantize_kernel(
+    gate_up_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, F: tl.constexpr, BLOCK: tl.constexpr,
+    DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same without a rotation: cdiv(F, BLOCK) programs a row; DYNAMIC needs one."""
+    TILES: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = (program // TILES).to(tl.int64)
+    offsets = program % TILES * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    mask = offsets < F
+    y = _silu_times(gate_up_ptr + row * (2 * F), offsets, mask, F)
+    if DYNAMIC:
+        scale = _scale_of_row(tl.max(tl.abs(y), axis=0), LOW, HIGH)
+        tl.store(row_scale_ptr + row, scale)
+    else:
+        scale = tl.load(scale_ptr)
+    if shift_ptr is not None:
+        y -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
+    # nothing was summed here, so codes can be those of the true division
+    _store_codes(tl.div_rn(y, scale), 1.0, codes_ptr + row * F + offsets, mask, LOW, HIGH)
+
+
+_FEW_ROWS = 256  # up to here rows are cut between programs, for there are not enough of them to fill a GPU
+_LARGEST_TILE = 32768  # float32 values that a program of 16 warps keeps in registers
+_LARGEST_BLOCK_OUT = 256
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a rotation is cut; see the kernel's arguments of the same names."""
+
+    fold: int
+    t: int
+    l2: int
+    split: int
+    group: int
+    block_out: int
+    block_k: int
+    warps: int
+    registers: int | None = None  # at most so many a thread, so that several programs share a multiprocessor
+    stages: int = 1
+    pdl: bool = False
+
+    def options(self) -> dict[str, object]:
+        """Launch options of Triton."""
+        options = {"num_warps": self.warps}
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
+        if self.pdl:
+            options["launch_pdl"] = True
+        if self.block_out > _LARGEST_BLOCK_OUT:
+            options["num_stages"] = 1  # several chunks of so large a base in flight exceed shared memory
+        return options
+
+
+def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> Tiling:
+    """The tiling for `rows` rows of F = features, rotated with a base of this order."""
+    length = features // base_order
+    fold = 1
+    while base_order * fold < 12 and fold < length:
+        fold *= 2
+    if base_order == 1:
+        fold = min(32, length)
+    k, length = base_order * fold, length // fold
+    l2 = min(length, max(32, length // 32))
+    t = length // l2
+    block_k = 16 if k <= 16 or (k > 32 and -(-k // 32) * 32 > 1.15 * k) else 32
+    block_out = max(16, triton.next_power_of_2(k))
+    split = 1
+    if not dynamic:  # which needs the whole row in one program
+        block_out = min(block_out, _LARGEST_BLOCK_OUT)
+        if rows <= _FEW_ROWS:
+            split = min(t, 1 << (_FEW_ROWS // rows).bit_length() - 1)
+            block_out = min(block_out, 64)
+        while split < t and block_out * max(16, l2) * (t // split) > _LARGEST_TILE:
+            split *= 2
+    values = max(block_out, block_k * split) * max(16, l2) * (t // split)
+    warps = 4 if values <= 8192 else 8 if values <= 16384 else 16
+    # 128 registers: two programs of 8 warps on a multiprocessor
+    registers = 128 if warps == 8 and split == 1 and not dynamic else None
+    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers)
+
+
+def launch(
+    gate_up: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    codes: Tensor,
+    row_scale: Tensor,
+    tiling: Tiling | None = None,
+) -> None:
+    """Fills `codes` [M, F] and, if `scale` is None, `row_scale` [M] from gate_up [M, 2F], all contiguous.
+
+    float32 `codes` receive what would be quantized instead. `tiling` overrides the choice made here.
+    """
+    rows, features = codes.shape
+    if rows == 0:
+        return
+    low, high = code_range(bits)
+    dynamic = scale is None
+    constants = {"F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high}
+    if base is None:
+        block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
+        pdl = tiling is not None and tiling.pdl
+        silu_quantize_kernel[(rows * triton.cdiv(features, block),)](
+            gate_up, scale, shift, codes, row_scale, **constants, BLOCK=block, PDL=pdl,
+            num_warps=4 if block <= 4096 else 16, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+        return
+    order = base.shape[0]
+    tiling = tiling or choose_tiling(features, order, rows, dynamic)
+    programs = tiling.split * triton.cdiv(order * tiling.fold, tiling.block_out)
+    if tiling.stages > 1:
+        multiprocessors = torch.cuda.get_device_properties(gate_up.device).multi_processor_count
+        programs *= min(rows, multiprocessors)
+    else:
+        programs *= rows
+    silu_hadamard_kernel[(programs,)](
+        gate_up, base, scale, shift, codes, row_scale, rows, **constants,
+        BASE=order, FOLD=tiling.fold, T=tiling.t, L2=tiling.l2, SPLIT=tiling.split, GROUP=tiling.group,
+        BLOCK_OUT=tiling.block_out, BLOCK_K=tiling.block_k, BLOCK_L2=max(16, tiling.l2),
+        FLAT=has_hadamard_matrix(order), STAGES=tiling.stages, PDL=tiling.pdl, **tiling.options(),
+    )  # fmt: skip

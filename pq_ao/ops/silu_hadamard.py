@@ -1,0 +1,102 @@
+"""pq_ao::silu_hadamard, all that stands between gate_up_proj and down_proj: SwiGLU, R4 and the quantizer A4."""
+
+import torch
+from torch import Tensor
+
+from pq_ao.hadamard import hadamard_transform
+from pq_ao.ops.quantize import quantize, quantize_per_row
+
+_ENCODINGS = (torch.int8, torch.float8_e4m3fn)
+
+
+def _check(
+    gate_up: Tensor, base: Tensor | None, scale: Tensor | None, shift: Tensor | None, bits: int, encoding: torch.dtype
+) -> int:
+    """The width F, or an error."""
+    if not gate_up.is_floating_point():
+        raise TypeError(f"silu_hadamard: gate_up has dtype {gate_up.dtype}; a floating-point tensor is required.")
+    if gate_up.ndim == 0 or gate_up.shape[-1] < 2 or gate_up.shape[-1] % 2:
+        raise ValueError(f"silu_hadamard: gate_up has shape {list(gate_up.shape)}; [..., 2F] is required.")
+    if encoding not in _ENCODINGS:
+        raise TypeError(f"silu_hadamard: encoding={encoding}; it must be one of {_ENCODINGS}.")
+    if bits not in (4, 8) or (bits == 8 and encoding != torch.int8):
+        raise ValueError(f"silu_hadamard: bits={bits} with encoding={encoding}; 4, or 8 in int8, are possible.")
+    features = gate_up.shape[-1] // 2
+    if base is not None:
+        order = base.shape[0] if base.ndim == 2 and base.shape[0] == base.shape[1] else 0
+        length = features // max(order, 1)
+        if order == 0 or order * length != features or length & (length - 1):
+            raise ValueError(
+                f"silu_hadamard: base has shape {list(base.shape)}; for F={features} it must be [K, K] with F / K a "
+                f"power of two: hadamard_base({features})."
+            )
+    if shift is not None and shift.shape != (features,):
+        raise ValueError(f"silu_hadamard: shift has shape {list(shift.shape)}; [{features}] is required.")
+    if scale is None and shift is not None:
+        raise ValueError("silu_hadamard: shift goes with a static scale; pass shift=None where scale is None.")
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"silu_hadamard: scale has shape {list(scale.shape)}; (1,) is required.")
+    return features
+
+
+@torch.library.custom_op("pq_ao::silu_hadamard", mutates_args=())
+def silu_hadamard(
+    gate_up: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    encoding: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Codes of R4(silu(gate) * up) - shift, all in float32 before the one rounding.
+
+    Args:
+        gate_up: [..., 2F] floating point, gate first.
+        base: float32 [K, K] from `pq_ao.hadamard.hadamard_base(F)`; None for no rotation.
+        scale: float32 (1,), static; None for one scale a row from its absmax (dynamic).
+        shift: float32 [F], static means taken off before quantizing, or None.
+        bits: 4 or 8.
+        encoding: torch.int8, or torch.float8_e4m3fn, which holds the same integers (4 bits only).
+
+    Returns:
+        codes `encoding` [..., F]; row scales float32 [..., 1] if dynamic, else an empty (0,) tensor.
+
+    Raises:
+        TypeError: gate_up is not floating point, or another encoding.
+        ValueError: shapes or bits that do not fit.
+
+    Example::
+
+        codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, shift, 4, torch.int8)
+    """
+    _check(gate_up, base, scale, shift, bits, encoding)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    h = torch.nn.functional.silu(gate) * up
+    if base is not None:
+        h = hadamard_transform(h, base)
+    if scale is None:
+        codes, row_scale = quantize_per_row(h, bits)
+    else:
+        codes, row_scale = quantize(h if shift is None else h - shift, scale, bits), h.new_empty(0)
+    return codes.to(encoding), row_scale
+
+
+def _outputs(gate_up: Tensor, features: int, dynamic: bool, encoding: torch.dtype) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(*gate_up.shape[:-1], features, dtype=encoding, device=gate_up.device)
+    shape = (*gate_up.shape[:-1], 1) if dynamic else (0,)
+    return codes, torch.empty(shape, dtype=torch.float32, device=gate_up.device)
+
+
+@silu_hadamard.register_fake
+def _(gate_up, base, scale, shift, bits, encoding):
+    return _outputs(gate_up, gate_up.shape[-1] // 2, scale is None, encoding)
+
+
+@silu_hadamard.register_kernel("cuda")
+def _(gate_up, base, scale, shift, bits, encoding):
+    from pq_ao.ops.kernels.silu_hadamard import launch
+
+    features = _check(gate_up, base, scale, shift, bits, encoding)
+    codes, row_scale = _outputs(gate_up, features, scale is None, encoding)
+    launch(gate_up.contiguous(), base, scale, shift, bits, codes.view(-1, features), row_scale)
+    return codes, row_scale

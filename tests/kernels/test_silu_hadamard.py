@@ -1,0 +1,128 @@
+"""The kernel of silu_hadamard, in the interpreter (or on a GPU), against the operator's reference and float64."""
+
+import pytest
+import torch
+
+from pq_ao.hadamard import hadamard_base, hadamard_transform
+from pq_ao.ops import silu_hadamard
+
+pytest.importorskip("triton", reason="kernels need triton")
+
+from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling, launch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# 12 x 16, 20 x 8, 1 x 256, 28 x 64, 44 x 4, 76 x 2 (more than one step of k), 36 x 1, 7 x 2 and 9 x 2 (DCT), 8
+WIDTHS = (192, 160, 256, 1792, 176, 152, 36, 14, 18, 8)
+FLIPPED = 2e-3  # of the codes may differ, by one; 4 bits: 1e-4; 8 bits: 1e-3
+ROTATED_SQNR = (
+    90.0  # dB against float64; two bf16 parts in each of two products leave 95 in the interpreter, which cuts off
+)
+
+
+def make_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype)
+
+
+def run(gate_up, base, scale, shift, bits, encoding, tiling=None):
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    codes = torch.empty(rows, width, dtype=encoding, device=DEVICE)
+    row_scale = torch.empty(rows, 1, device=DEVICE)
+    on_device = [t if t is None else t.to(DEVICE) for t in (gate_up, base, scale, shift)]
+    launch(*on_device, bits, codes, row_scale, tiling)
+    return codes.cpu(), row_scale.cpu()
+
+
+def check_floats(gate_up: torch.Tensor, tiling: Tiling | None = None) -> None:
+    width = gate_up.shape[1] // 2
+    found, _ = run(gate_up, hadamard_base(width), torch.ones(1), None, 4, torch.float32, tiling)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = hadamard_transform(torch.nn.functional.silu(gate) * up)
+    assert 10 * torch.log10(expected.square().sum() / (found - expected).square().sum()) > ROTATED_SQNR
+
+
+def check_codes(gate_up: torch.Tensor, dynamic: bool, bits: int, encoding: torch.dtype) -> None:
+    width = gate_up.shape[1] // 2
+    base = hadamard_base(width)
+    scale, shift = (None, None) if dynamic else (torch.tensor([0.17]), torch.linspace(-0.5, 0.5, width))
+    codes, row_scale = run(gate_up, base, scale, shift, bits, encoding)
+    expected, expected_scale = silu_hadamard(gate_up, base, scale, shift, bits, encoding)
+    assert codes.dtype == encoding
+    difference = (codes.float() - expected.float()).abs()
+    assert difference.max() <= 1 and (difference > 0).sum() <= max(1, FLIPPED * codes.numel())
+    if dynamic:
+        torch.testing.assert_close(row_scale, expected_scale, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rotated_floats(width):
+    check_floats(make_input(2, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("width", [192, 256, 152, 14])
+def test_codes(width, dynamic):
+    check_codes(make_input(8, width, torch.bfloat16), dynamic, 4, torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_bits_and_encodings(dtype):
+    gate_up = make_input(8, 192, dtype)
+    check_codes(gate_up, False, 8, torch.int8)
+    check_codes(gate_up, False, 4, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(("split", "group"), [(1, 1), (1, 4), (2, 2), (4, 2), (8, 1)])
+def test_every_split_gives_the_same_floats(split, group):
+    tiling = Tiling(fold=1, t=8, l2=16, split=split, group=group, block_out=16, block_k=32, warps=4)
+    check_floats(make_input(1, 20 * 128, torch.bfloat16), tiling)
+
+
+@pytest.mark.parametrize("width", [14336, 11008, 1536, 18944, 4864, 8192, 12288, 28672, 29568, 53248, 64, 4])
+@pytest.mark.parametrize("rows", [1, 3, 20, 100, 256, 8192])
+def test_the_chosen_tiling_covers_the_row(width, rows):
+    order = hadamard_base(width).shape[0] if width < 20000 else {28672: 28, 29568: 924, 53248: 52}[width]
+    for dynamic in (False, True):
+        tiling = choose_tiling(width, order, rows, dynamic)
+        assert order * tiling.fold * tiling.t * tiling.l2 == width
+        assert tiling.t % (tiling.split * tiling.group) == 0
+        assert not dynamic or (tiling.split == 1 and tiling.block_out >= order)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("width", [160, 33])
+def test_without_a_rotation_codes_are_equal(width, dynamic):
+    gate_up = make_input(3, width, torch.bfloat16)
+    scale = None if dynamic else torch.tensor([0.2])
+    shift = None if dynamic else torch.linspace(-1, 1, width)
+    codes, _ = run(gate_up, None, scale, shift, 4, torch.int8)
+    expected, _ = silu_hadamard(gate_up, None, scale, shift, 4, torch.int8)
+    assert (codes - expected).abs().max() <= 1 and (codes != expected).sum() <= max(1, FLIPPED * codes.numel())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_hostile_values(dynamic):
+    """Saturated gates, one huge outlier, and a row of zeros."""
+    gate_up = make_input(3, 192, torch.bfloat16)
+    gate_up[0, :4] = torch.tensor([-1e4, 1e4, -90.0, 90.0])
+    gate_up[0, 195] = 2e3
+    gate_up[1] = 0
+    check_codes(gate_up, dynamic, 4, torch.int8)
+
+
+def test_no_rows():
+    codes, _ = run(make_input(0, 192, torch.bfloat16), hadamard_base(192), torch.ones(1), None, 4, torch.int8)
+    assert codes.shape == (0, 192)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("rows", [1, 7, 128, 300])
+@pytest.mark.parametrize("width", [14336, 11008, 1536, 18944, 4864, 8192, 12288, 28672, 29568])
+def test_models_widths(width, rows):
+    gate_up = make_input(rows, width, torch.bfloat16)
+    check_floats(gate_up)
+    for dynamic in (False, True):
+        check_codes(gate_up, dynamic, 4, torch.int8)
+    check_codes(gate_up, False, 4, torch.float8_e4m3fn)

@@ -1,0 +1,76 @@
+"""The tensor-core linear: exact integers on any shape, however the work is cut."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pq_ao.ops import pack_int4
+from pq_ao.ops.int_linear import packed_linear
+from pq_ao.ops.kernels.tile_linear import TileConfig, tile_linear
+from pq_ao.ops.kernels.workspace import COUNTERS, counters
+from tests.kernels.linear_cases import DTYPES, accumulators, device, epilogue, extremes, random_codes, scales
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def integers(x, w, packed, config=None):
+    return tile_linear(x, None, pack_int4(w) if packed else w, None, None, torch.int32, config)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "int8"])
+@pytest.mark.parametrize("outer, inner", [(1, 1), (7, 33), (70, 96)])
+def test_one_to_forty_rows(outer, inner, packed):
+    w = random_codes(outer, inner, bits=4 if packed else 8, seed=1)
+    for rows in (*range(1, 20), 31, 32, 33, 40):
+        x = random_codes(rows, inner, bits=8)
+        assert torch.equal(integers(x, w, packed), accumulators(x, w)), rows
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "int8"])
+@pytest.mark.parametrize("split", [1, 2, 3, 5])
+@pytest.mark.parametrize("inner", [96, 97, 640])
+def test_every_split(inner, split, packed):
+    """Also more parts than steps: some programs then have nothing to add."""
+    x, w = random_codes(19, inner, bits=4), random_codes(70, inner, bits=4, seed=1)
+    config = TileConfig(outputs=64, tokens=16, depth=32, split=split, warps=4, stages=2)
+    assert torch.equal(integers(x, w, packed, config), accumulators(x, w))
+    assert not counters(device()).any()
+
+
+@pytest.mark.parametrize("x_code, w_code", extremes(4))
+def test_extreme_codes_over_a_wide_layer(x_code, w_code):
+    x, w = torch.full((3, 14336), x_code, dtype=torch.int8), torch.full((5, 14336), w_code, dtype=torch.int8)
+    expected = torch.full((3, 5), 14336 * x_code * w_code, dtype=torch.int32)
+    assert torch.equal(integers(x.to(device()), w.to(device()), True).cpu(), expected)
+
+
+@pytest.mark.parametrize("x_code, w_code", extremes(8))
+def test_extreme_eight_bit_codes(x_code, w_code):
+    x, w = torch.full((3, 4097), x_code, dtype=torch.int8), torch.full((5, 4097), w_code, dtype=torch.int8)
+    expected = torch.full((3, 5), 4097 * x_code * w_code, dtype=torch.int32)
+    assert torch.equal(integers(x.to(device()), w.to(device()), False).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("per_row", [True, False], ids=["per-row", "static"])
+@pytest.mark.parametrize("split", [1, 2])
+def test_epilogue(split, per_row, with_bias, dtype):
+    x, w = random_codes(18, 64, bits=4), random_codes(9, 64, bits=4, seed=1)
+    x_scale, w_scale, bias = scales(18, 9, per_row, with_bias)
+    config = TileConfig(outputs=64, tokens=16, depth=32, split=split, warps=4, stages=2)
+    y = tile_linear(x, x_scale, pack_int4(w), w_scale, bias, dtype, config)
+    assert torch.equal(y, epilogue(accumulators(x, w), x_scale, w_scale, bias, dtype))
+    assert torch.equal(y, packed_linear(x, x_scale, pack_int4(w), w_scale, bias, dtype, "tile"))
+
+
+def test_no_rows():
+    assert integers(random_codes(0, 8, bits=4), random_codes(5, 8, bits=4), True).shape == (0, 5)
+
+
+def test_more_tiles_than_counters():
+    config = TileConfig(outputs=16, tokens=16, depth=32, split=2, warps=4, stages=2)
+    w = random_codes(16 * COUNTERS + 1, 1, bits=4)
+    with pytest.raises(ValueError, match="at most 65536 can be split"):
+        integers(random_codes(1, 1, bits=4), w, True, config)

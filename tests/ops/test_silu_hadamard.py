@@ -1,0 +1,114 @@
+"""The reference of silu_hadamard: what the MLP did with separate operators, and a schema that compilers can trust."""
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from pq_ao import prefixquant_config
+from pq_ao.hadamard import hadamard_base, hadamard_transform
+from pq_ao.modules import ActivationQuantizer
+from pq_ao.ops import hadamard, silu_hadamard
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTHS = (160, 64, 18)
+
+
+def random_gate_up(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def make_quantizer(width: int, mode: str) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(prefixquant_config(mode=mode), width, torch.device("cpu"))
+    quantizer.scale.fill_(0.3)
+    if quantizer.shift is not None:
+        quantizer.shift.copy_(torch.linspace(-1, 1, width))
+    return quantizer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("rotation", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_equals_separate_operators(width, rotation, mode, dtype):
+    gate_up = random_gate_up(2, 3, 2 * width, dtype=dtype)
+    base = hadamard_base(width) if rotation else None
+    quantizer = make_quantizer(width, mode)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    h = ACT2FN["silu"](gate) * up
+    expected, expected_scale = quantizer.codes(hadamard(h, base) if rotation else h)
+    scale = None if mode == "dynamic" else quantizer.scale
+    codes, row_scale = silu_hadamard(gate_up, base, scale, quantizer.shift, 4, torch.int8)
+    assert codes.dtype == torch.int8 and torch.equal(codes, expected)
+    if mode == "dynamic":
+        assert torch.equal(row_scale, expected_scale)
+    else:
+        assert row_scale.shape == (0,)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_against_float64(width):
+    gate_up = random_gate_up(4, 2 * width)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    h = hadamard_transform(gate * torch.sigmoid(gate) * up)
+    scale = torch.tensor([0.3])
+    codes, _ = silu_hadamard(gate_up, hadamard_base(width), scale, None, 4, torch.int8)
+    inside = (h / scale).clamp(-8, 7)
+    assert ((codes - inside).abs() <= 0.5 + 1e-5).all()
+
+
+def test_float8_holds_the_same_integers():
+    gate_up, base = random_gate_up(3, 320), hadamard_base(160)
+    scale, shift = torch.tensor([0.1]), torch.zeros(160)
+    codes, _ = silu_hadamard(gate_up, base, scale, shift, 4, torch.int8)
+    float8, _ = silu_hadamard(gate_up, base, scale, shift, 4, torch.float8_e4m3fn)
+    assert codes.min() == -8 and codes.max() == 7
+    assert float8.dtype == torch.float8_e4m3fn and torch.equal(float8.float(), codes.float())
+
+
+def test_hostile_values():
+    """Saturated gates, an outlier beyond the range, a row of zeros (whose dynamic scale must not divide by zero)."""
+    gate_up = random_gate_up(2, 320, dtype=torch.float32)
+    gate_up[0, :4] = torch.tensor([-1e30, 1e4, -200.0, 200.0])
+    gate_up[1] = 0
+    for scale in (None, torch.tensor([0.1])):
+        codes, row_scale = silu_hadamard(gate_up, hadamard_base(160), scale, None, 4, torch.int8)
+        assert torch.equal(codes[1], torch.zeros_like(codes[1]))
+        assert row_scale.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (24,), (2, 0, 24)])
+def test_empty_and_flat_inputs(shape):
+    codes, row_scale = silu_hadamard(random_gate_up(*shape), hadamard_base(12), None, None, 4, torch.int8)
+    assert codes.shape == (*shape[:-1], 12) and row_scale.shape == (*shape[:-1], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate_up": torch.ones(2, 24, dtype=torch.int8)}, TypeError, "gate_up has dtype"),
+        ({"gate_up": torch.ones(2, 23)}, ValueError, "2F"),
+        ({"base": hadamard_base(20)}, ValueError, "hadamard_base"),
+        ({"shift": torch.ones(11)}, ValueError, "shift has shape"),
+        ({"scale": None}, ValueError, "static scale"),
+        ({"scale": torch.ones(2)}, ValueError, "scale has shape"),
+        ({"bits": 3}, ValueError, "bits=3"),
+        ({"bits": 8, "encoding": torch.float8_e4m3fn}, ValueError, "bits=8"),
+        ({"encoding": torch.int32}, TypeError, "encoding"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {
+        "gate_up": torch.ones(2, 24), "base": hadamard_base(12), "scale": torch.ones(1), "shift": torch.zeros(12),
+        "bits": 4, "encoding": torch.int8,
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        silu_hadamard(**arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("encoding", [torch.int8, torch.float8_e4m3fn])
+def test_opcheck(dynamic, encoding):
+    scale, shift = (None, None) if dynamic else (torch.ones(1), torch.zeros(12))
+    arguments = (random_gate_up(2, 3, 24), hadamard_base(12), scale, shift, 4, encoding)
+    torch.library.opcheck(torch.ops.pq_ao.silu_hadamard.default, arguments)
