@@ -14,9 +14,9 @@ _REGION_PREFIXES = ("## ", "Torch-Compiled Region", "ProfilerStep")
 
 # a kernel's group by its name; Inductor's pointwise and reduction kernels are named after their neighbours too
 _INDUCTOR = re.compile(r"^triton_(poi|red|per|for|unk)_")
-_ATTENTION = re.compile(r"flash|fmha|attention|attend|sdpa|cudnn", re.IGNORECASE)
+_ATTENTION = re.compile(r"flash|fmha|attention|attend|sdpa|cudnn|decode_kernel|prefill|widen", re.IGNORECASE)
 _LINEAR = re.compile(
-    r"gemm|gemv|nvjet|cublas|cutlass|split_?k|xmma|_mm|mm_|linear|matmul|unpack|widen|int4|triton_tem", re.IGNORECASE
+    r"gemm|gemv|nvjet|cublas|cutlass|split_?k|xmma|_mm|mm_|linear|tile_kernel|matmul|unpack|int4|triton_tem", re.IGNORECASE
 )
 
 
@@ -66,8 +66,11 @@ def group_of(kernel: str) -> str:
 
 
 def kernels_per_layer(kernels: Sequence[KernelTime], layers: int) -> int | None:
-    """GPU operations a layer: of each name its count over `layers`, rounded; what stands outside rounds away."""
-    return sum(round(kernel.count / layers) for kernel in kernels) or None
+    """GPU operations a layer: all over `layers`, rounded down; what stands outside of some thirty layers goes with it.
+
+    Names do not tell: Inductor gives the norm of one layer another name than that of the next.
+    """
+    return sum(kernel.count for kernel in kernels) // layers or None
 
 
 def split_ms(kernels: Sequence[KernelTime]) -> dict[str, float]:

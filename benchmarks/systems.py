@@ -33,11 +33,13 @@ class Loaded:
 
     Attributes:
         active: what must surround every call.
+        options: Inductor's options for this system, on top of those of the mode it is compiled in.
     """
 
     model: PreTrainedModel
     cache: Cache
     active: AbstractContextManager = field(default_factory=nullcontext)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Tokens [B, L] to the logits [B, V] of the last one; appends to the cache."""
@@ -149,7 +151,8 @@ def _ours(mode: str, head: str = "bf16") -> Callable[..., Loaded]:
         model = pq_ao.random_quantized_decoder(config, scheme, prefix_tokens=int(prefix), device=device)
         if head == "int8":
             pq_ao.quantize_head_(model)
-        return Loaded(model, pq_ao.PrefixStaticCache(model, shape.batch, shape.context))
+        options = pq_ao.recommended_compile_options(device).get("options", {})
+        return Loaded(model, pq_ao.PrefixStaticCache(model, shape.batch, shape.context), options=options)
 
     return build
 
@@ -222,7 +225,9 @@ def compiled_step(loaded: Loaded, ids: Tensor, mode: str, backend: str, length: 
     compile_mode, graph = MODES[mode]
     step = loaded.forward
     if mode != "eager":
-        options = {"mode": compile_mode} if backend == "inductor" else {"backend": backend}
+        options = {"backend": backend}
+        if backend == "inductor":
+            options["options"] = torch._inductor.list_mode_options(compile_mode) | loaded.options
         step = torch.compile(loaded.forward, fullgraph=True, dynamic=False, **options)
 
     def marked() -> Tensor:

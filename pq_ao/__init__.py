@@ -24,6 +24,7 @@ _HOME = {
     "live_bytes": "pq_ao.explanation",
     "MemoryReport": "pq_ao.explanation",
     "GenerationEngine": "pq_ao.generation",
+    "recommended_compile_options": "pq_ao.static_step",
     "random_quantized_decoder": "pq_ao.random_decoder",
     "quantize_head_": "pq_ao.head",
 }

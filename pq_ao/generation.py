@@ -17,7 +17,7 @@ from pq_ao.families import head_dim_of
 from pq_ao.modules import PrefixAttention
 from pq_ao.prefill_chunks import DEFAULT_BUCKETS, checked_buckets, chunks
 from pq_ao.sampling import Sampling
-from pq_ao.static_step import StaticStep
+from pq_ao.static_step import StaticStep, recommended_compile_options
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -40,7 +40,8 @@ class GenerationEngine:
         batch_size: rows of every batch.
         max_cache_len: tokens of prompt and reply together.
         compile: False runs the model eagerly, without graphs: to look for errors.
-        compile_options: more keyword arguments of torch.compile, such as {"mode": "max-autotune-no-cudagraphs"}.
+        compile_options: more keyword arguments of torch.compile, such as {"mode": "max-autotune-no-cudagraphs"}; by
+            default `recommended_compile_options`.
         prefill_buckets: lengths of the chunks; by default 32, 128, 512 and 2048, as far as they fit.
 
     Attributes:
@@ -79,7 +80,9 @@ class GenerationEngine:
         self.buckets = checked_buckets(prefill_buckets, batch_size, max_cache_len)
         slots = max_cache_len + _SPARE_SLOTS
         self.cache = _cache_for(model, batch_size, slots)
-        self._compile_options = (compile_options or {}) if compile else None
+        if compile and compile_options is None:
+            compile_options = recommended_compile_options(self.device)
+        self._compile_options = compile_options if compile else None
         self._steps: dict[tuple[int, bool], StaticStep] = {}
         graphs = compile and self.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if graphs else None

@@ -104,11 +104,11 @@ class ActivationQuantizer(FixedDtype):
         """dtype of the codes that the linear behind reads best for so many tokens."""
         return encoding(tokens, self.bits, self.weight_bits, capability_of(self.scale.device))
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 codes of x - shift, and their scale (1,) or [..., 1]."""
+    def codes(self, x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+        """Codes of x - shift, and their scale (1,) or [..., 1]."""
         if self.dynamic:
-            return quantize_per_row(x, self.bits)
-        return quantize(x.float() - self.shift, self.scale, self.bits), self.scale
+            return quantize_per_row(x, self.bits, dtype)
+        return quantize(x.float() - self.shift, self.scale, self.bits, dtype), self.scale
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
@@ -116,11 +116,10 @@ class ActivationQuantizer(FixedDtype):
             self.observer(x)
         if self.path is Path.FLOAT:
             return x.to(dtype)
-        codes, scale = self.codes(x)
-        if self.path is Path.REFERENCE:
-            restored = dequantize(codes, scale)
-            return restored if self.shift is None else restored + self.shift
-        return QuantizedActivation(codes.to(self.encoding(x.numel() // x.shape[-1])), scale, dtype)
+        if self.path is Path.INTEGER:
+            return QuantizedActivation(*self.codes(x, self.encoding(x.numel() // x.shape[-1])), dtype)
+        restored = dequantize(*self.codes(x))
+        return restored if self.shift is None else restored + self.shift
 
 
 class KVQuantizer(FixedDtype):

@@ -21,20 +21,23 @@ def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
     return (absmax * (2 / (2**bits - 1))).clamp(floor, MAX_SCALE)
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes clamp(round(x / scale)) as int8; division and half-to-even rounding in float32. `scale` broadcasts."""
+def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Codes clamp(round(x / scale)); division and half-to-even rounding in float32. `scale` broadcasts.
+
+    `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly.
+    """
     low, high = code_range(bits)
-    return torch.clamp(torch.round(x.float() / scale), low, high).to(torch.int8)
+    return torch.clamp(torch.round(x.float() / scale), low, high).to(dtype)
 
 
-def quantize_per_row(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_per_row(x: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Dynamic quantizer: one scale for each row of the last axis, from its absmax.
 
     Returns:
-        int8 codes like `x`, and float32 scales of shape [..., 1].
+        codes like `x`, see `quantize`, and float32 scales of shape [..., 1].
     """
     scale = absmax_scale(x.float().abs().amax(dim=-1, keepdim=True) * _OFF_THE_EDGE, bits)
-    return quantize(x, scale, bits), scale
+    return quantize(x, scale, bits, dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

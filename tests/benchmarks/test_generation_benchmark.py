@@ -176,6 +176,8 @@ class TestRun:
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "linears"),
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_32x32_128x2_tn_align8>", "linears"),
         ("gemv_kernel", "linears"),
+        ("tile_kernel", "linears"),
+        ("decode_kernel", "attention"),
         ("triton_tem_fused_mm_3", "linears"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
