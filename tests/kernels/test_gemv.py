@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from pq_ao.ops import pack_int4
 from pq_ao.ops.int_linear import packed_linear
-from pq_ao.ops.kernels.gemv import GemvConfig, gemv
+from pq_ao.ops.kernels.gemv import GemvConfig, gemv, gemv_config
 from tests.kernels.linear_cases import DTYPES, accumulators, device, epilogue, extremes, random_codes, scales
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +27,16 @@ def test_equals_int64(rows, packed):
 def test_every_cut_of_a_row_that_divides_by_none(config):
     x, w = random_codes(3, 4 * 1160, bits=4), random_codes(17, 4 * 1160, bits=4, seed=1)
     assert torch.equal(gemv(x, None, pack_int4(w), None, None, torch.int32, config), accumulators(x, w))
+
+
+def test_chosen_cuts():
+    """One row spreads over threads; more rows have more to compute, and a warp has a row for itself."""
+    assert gemv_config(1, 6144, 512) == GemvConfig(4, 4, 2)
+    assert gemv_config(1, 576, 72) == GemvConfig(4, 1, 2)
+    assert gemv_config(2, 6144, 512) == gemv_config(4, 6144, 512) == GemvConfig(4, 1, 4)
+    assert gemv_config(4, 28672, 512) == GemvConfig(4, 2, 2)
+    assert gemv_config(8, 128256, 1024, packed=False) == GemvConfig(4, 2, 2)
+    assert gemv_config(8, 4096, 3584, packed=False) == gemv_config(8, 4096, 1792) == GemvConfig(2, 2, 2)
 
 
 @pytest.mark.parametrize("x_code, w_code", extremes(4))

@@ -1,5 +1,7 @@
 """The tensor-core linear: exact integers on any shape, however the work is cut."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton")
 
 from pq_ao.ops import pack_int4
 from pq_ao.ops.int_linear import packed_linear
-from pq_ao.ops.kernels.tile_linear import TileConfig, tile_linear
+from pq_ao.ops.kernels.tile_linear import TileConfig, tile_config, tile_linear
 from pq_ao.ops.kernels.workspace import COUNTERS, counters
 from tests.kernels.linear_cases import DTYPES, accumulators, device, epilogue, extremes, random_codes, scales
 
@@ -36,6 +38,25 @@ def test_every_split(inner, split, packed):
     config = TileConfig(outputs=64, tokens=16, depth=32, split=split, warps=4, stages=2)
     assert torch.equal(integers(x, w, packed, config), accumulators(x, w))
     assert not counters(device()).any()
+
+
+@pytest.mark.parametrize("outputs, tokens, depth", [(64, 64, 128), (128, 64, 128), (128, 128, 64)])
+def test_large_tiles(outputs, tokens, depth):
+    x, w = random_codes(130, 200, bits=4), random_codes(140, 200, bits=4, seed=1)
+    config = TileConfig(outputs, tokens, depth, split=1, warps=8, stages=3)
+    assert torch.equal(integers(x, w, True, config), accumulators(x, w))
+    assert torch.equal(integers(x, w, True), accumulators(x, w))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "int8"])
+def test_chosen_tiles_fit_the_shape(packed):
+    for rows, outs, row_bytes in itertools.product(
+        (0, 1, 17, 64, 65, 300, 8192), (1, 192, 4096, 152064), (1, 288, 14336)
+    ):
+        config = tile_config(rows, outs, row_bytes, packed)
+        tiles = -(-outs // config.outputs) * -(-rows // config.tokens)
+        assert rows > 64 or rows <= config.tokens, "weights are read once"
+        assert config.split == 1 or row_bytes >= 512 * config.split and tiles * config.split <= 264
 
 
 @pytest.mark.parametrize("x_code, w_code", extremes(4))

@@ -24,7 +24,7 @@ def test_every_byte(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outer, inner", [(1, 8), (5, 72), (9, 1160)])
+@pytest.mark.parametrize("outer, inner", [(1, 8), (5, 72), (9, 1160), (3, 4608)])
 def test_any_shape(outer, inner, dtype):
     codes = random_codes(outer, inner, bits=4)
     for got in (

@@ -165,12 +165,12 @@ def gemv_config(rows: int, outs: int, row_words: int, packed: bool = True) -> Ge
     elif rows == 2:
         warps, ahead = 1 if short else 2, 4
     elif rows <= 4:
-        warps = 2 if outs >= _WIDE or row_words > _LONG else 1
+        warps = 2 if outs >= _WIDE or row_words >= _LONG else 1
         ahead = 4 if short and warps == 1 else 2
     else:
         warps = 1 if short else 2
-        # two planes of eight rows leave no registers for more
-        outputs = 2 if packed else 4
+        # eight rows of two planes, or of many steps, leave no registers for more
+        outputs = 2 if packed or row_words >= _LONG else 4
     return GemvConfig(outputs=outputs, warps=warps, ahead=ahead)
 
 

@@ -133,7 +133,7 @@ def tile_kernel(
             tl.store(at, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
-# Measured on an H200 with the layers of Llama-3-8B. Two tiles of those below run on each of its multiprocessors.
+# Measured on an H200 with the layers of Llama-3-8B. Two of the larger tiles below fit on each of its multiprocessors.
 _MULTIPROCESSORS = 132
 _AT_ONCE = 2 * _MULTIPROCESSORS
 
@@ -145,7 +145,7 @@ _NARROW = {
 }
 _WIDE = {tokens: TileConfig(128, tokens, 128, 1, 8, 4) for tokens in _NARROW}
 
-# tiles for more tokens, and the microseconds of as many as run at once, K = 4096
+# tiles for more tokens, and microseconds of as many as run at once (K = 4096); beyond 256 tokens only these decide
 _LARGE = {
     TileConfig(64, 64, 128, 1, 4, 4): 10.9,
     TileConfig(128, 64, 128, 1, 8, 3): 16.3,
@@ -164,7 +164,7 @@ def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True) -> Ti
     if rows <= max(_NARROW):
         tokens = next(tokens for tokens in _NARROW if rows <= tokens)
         config = _NARROW[tokens]
-        # INT8 weights, which need no unpacking, gain nothing from larger tiles
+        # INT8 weights, bound by memory, gain little from wider tiles
         if packed and _tiles(config, rows, outs) > _AT_ONCE:
             config = _WIDE[tokens]
     else:
