@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pq_ao.cache_layer import PrefixStaticLayer
-from pq_ao.modules import Path, attention_modules
+from pq_ao.modules import attention_modules
 from pq_ao.ops.kernels.workspace import counters
+from pq_ao.quantizers import Path
 
 
 class PrefixStaticCache(Cache):

@@ -12,15 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
 from pq_ao.data import calibration_windows
 from pq_ao.families import DecoderFamily, family_of
-from pq_ao.modules import (
-    CalibratedLinear,
-    FixedDtype,
-    Path,
-    PrefixAttention,
-    on_path,
-    path_switches,
-)
+from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import PrefixAttention, on_path, path_switches
 from pq_ao.prefix import PrefixReport, find_prefix, outlier_statistics
+from pq_ao.quantizers import FixedDtype, Path
 from pq_ao.rotation import begin_rotation, check_weights
 from pq_ao.rounding import LayerInputs, corrected_bias, round_nearest
 from pq_ao.scale_search import BlockSites, search_activations, search_keys, search_values

@@ -15,16 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from pq_ao.cache import PrefixStaticCache
-from pq_ao.modules import (
-    ActivationQuantizer,
-    CalibratedLinear,
-    KeptEmbedding,
-    KeptLinear,
-    Path,
-    PrefixAttention,
-    attention_modules,
-)
+from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
+from pq_ao.modules import PrefixAttention, attention_modules
 from pq_ao.ops.linear_paths import LinearPath, capability_of, linear_path
+from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.tensors import PackedWeight
 
 _BF16_BYTES = 2

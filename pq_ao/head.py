@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pq_ao.families import family_of, replace_submodule
-from pq_ao.modules import KeptLinear
+from pq_ao.linears import KeptLinear
 from pq_ao.ops.int8_head import MAX_INNER, int8_head
 from pq_ao.tensors import PackedWeight
 

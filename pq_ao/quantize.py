@@ -4,7 +4,7 @@ from torch import nn
 from torchao.quantization import register_quantize_module_handler
 
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
-from pq_ao.modules import CalibratedLinear, KeptLinear
+from pq_ao.linears import CalibratedLinear, KeptLinear
 from pq_ao.tensors import PackedWeight
 
 __all__ = ["PrefixQuantConfig", "prefixquant_config"]

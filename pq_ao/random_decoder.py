@@ -8,9 +8,11 @@ from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pq_ao.families import DecoderFamily, family_of, replace_submodule
-from pq_ao.modules import ActivationQuantizer, CalibratedLinear, KVQuantizer, PrefixAttention
+from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import PrefixAttention
 from pq_ao.ops import quantize
 from pq_ao.quantize import PrefixQuantConfig, prefixquant_config
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 from pq_ao.rotation import begin_rotation
 from pq_ao.tensors import PackedWeight
 

@@ -15,16 +15,9 @@ from pq_ao.attention import ATTENTION_NAME
 from pq_ao.config import PrefixQuantConfig
 from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submodule
 from pq_ao.hadamard import hadamard_transform, random_signs, randomized_hadamard
-from pq_ao.modules import (
-    ActivationQuantizer,
-    CalibratedLinear,
-    KeptEmbedding,
-    KeptLinear,
-    KVQuantizer,
-    PrefixAttention,
-    PrefixMLP,
-    PrefixRMSNorm,
-)
+from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
+from pq_ao.modules import PrefixAttention, PrefixMLP, PrefixRMSNorm
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 
 
 @dataclass(frozen=True)

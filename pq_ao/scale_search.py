@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pq_ao.families import DecoderFamily
-from pq_ao.modules import ActivationQuantizer, Path, on_path
+from pq_ao.modules import on_path
 from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize
+from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.rounding import LayerInputs
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import pq_ao
-from pq_ao.modules import ActivationQuantizer, CalibratedLinear, KVQuantizer
+from pq_ao.linears import CalibratedLinear
 from pq_ao.ops import dequantize, quantize
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 from pq_ao.scale_search import SITES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 import pq_ao
-from pq_ao.modules import ActivationQuantizer, Path
+from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.tensors import PackedWeight, QuantizedActivation
 
 pytestmark = pytest.mark.usefixtures("one_thread")

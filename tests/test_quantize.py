@@ -12,7 +12,9 @@ from torchao.utils import get_model_size_in_bytes
 
 import pq_ao
 from pq_ao import PrefixQuantConfig, prefixquant_config
-from pq_ao.modules import CalibratedLinear, Path, path_switches
+from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import path_switches
+from pq_ao.quantizers import Path
 from pq_ao.tensors import PackedWeight
 
 pytestmark = [

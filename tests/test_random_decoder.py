@@ -5,7 +5,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import pq_ao
-from pq_ao.modules import ActivationQuantizer, CalibratedLinear, KVQuantizer, attention_modules
+from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import attention_modules
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 from pq_ao.tensors import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")

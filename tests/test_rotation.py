@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pq_ao
 from pq_ao import PrefixQuantConfig, rotate_
-from pq_ao.modules import CalibratedLinear, KeptEmbedding, KeptLinear, PrefixAttention, PrefixMLP, PrefixRMSNorm
+from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
+from pq_ao.modules import PrefixAttention, PrefixMLP, PrefixRMSNorm
 from pq_ao.rotation import Rotation, begin_rotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.asm import dp4a, widen_words
-from pq_ao.ops.kernels.interpret import INTERPRETED
+from pq_ao.ops.kernels.early import launch_options, launches_early, prefetch, wait
 
 MAX_ROWS = 8
 WORD = 4  # bytes
+_LINE_WORDS = tl.constexpr(128 // WORD)  # of what a prefetch fetches
+
+# programs of the first wave, about
+PREFETCHING = 132 * 8
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,11 @@ class GemvConfig:
         outputs: weight rows of a program, a power of two.
         warps: they split K; a warp takes 128 words of a row at once, 16 bytes a thread.
         ahead: steps along K whose weights are loaded before the first is used.
-        dependent: launch before the kernel in front has ended, and fetch weights meanwhile.
     """
 
     outputs: int
     warps: int
     ahead: int
-    dependent: bool = False
 
 
 @triton.jit
@@ -97,7 +99,8 @@ def gemv_kernel(
     OUTPUTS: tl.constexpr,
     WORDS: tl.constexpr,
     AHEAD: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCHING: tl.constexpr,
 ):
     """y = x w^T for int32 words x [M, 2 W or W] and w [N, W]; RAW stores int32 sums, else scaled and biased."""
     STEPS: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
@@ -105,6 +108,13 @@ def gemv_kernel(
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     # rows past the end are read twice rather than masked; they are never stored
     row = tl.minimum(n, outs - 1)
+    if EARLY:
+        # weights are constant: those of the programs that run first can be on their way already
+        if tl.program_id(0) < PREFETCHING:
+            LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(ROW_WORDS, _LINE_WORDS))
+            line = tl.arange(0, LINES) * _LINE_WORDS
+            prefetch(w_ptr + row[:, None] * ROW_WORDS + tl.minimum(line, ROW_WORDS - 1)[None, :])
+        wait(EARLY)
 
     # room for a power of two of rows; no instruction is spent on those that are not there
     COUNT: tl.constexpr = ROWS if ROWS <= 2 else (4 if ROWS <= 4 else 8)
@@ -115,10 +125,6 @@ def gemv_kernel(
         weights = ()
         for step in tl.static_range(group * AHEAD, min(group * AHEAD + AHEAD, STEPS)):
             weights = weights + (_weights(w_ptr, row, step * WORDS, WORDS, ROW_WORDS),)
-        if DEPENDENT and group == 0:
-            tl.extra.cuda.gdc_launch_dependents()
-            # weights are constant; everything else may still be written, or read, by the kernel in front
-            tl.extra.cuda.gdc_wait()
         for step in tl.static_range(group * AHEAD, min(group * AHEAD + AHEAD, STEPS)):
             new = ()
             if PACKED:
@@ -200,7 +206,7 @@ def gemv(
         )
     y = torch.empty(rows, outs, dtype=dtype, device=x.device)
     config = config or gemv_config(rows, outs, row_bytes // WORD, packed)
-    dependent = config.dependent and not INTERPRETED.value
+    early = launches_early(x.device)
     gemv_kernel[(triton.cdiv(outs, config.outputs),)](
         x.view(torch.int32),
         x_scale,
@@ -218,9 +224,10 @@ def gemv(
         OUTPUTS=config.outputs,
         WORDS=128 * config.warps,
         AHEAD=config.ahead,
-        DEPENDENT=dependent,
+        EARLY=early,
+        PREFETCHING=PREFETCHING,
         num_warps=config.warps,
         enable_fp_fusion=False,  # each operation of the epilogue rounds by itself, as PyTorch's do
-        **({"launch_pdl": True} if dependent else {}),
+        **launch_options(early),
     )
     return y

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.asm import widen_bytes
-from pq_ao.ops.kernels.interpret import INTERPRETED
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.workspace import COUNTERS, counters
 
 
@@ -27,7 +27,6 @@ class TileConfig:
         depth: bytes of weight rows in a step; two inputs a byte when packed.
         split: parts of K.
         warps, stages: launch options.
-        dependent: launch before the kernel in front has ended.
     """
 
     outputs: int
@@ -36,7 +35,6 @@ class TileConfig:
     split: int
     warps: int
     stages: int
-    dependent: bool = False
 
 
 @triton.jit
@@ -73,12 +71,10 @@ def tile_kernel(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y = x w^T for int8 x [M, K] and w [N, bytes]; RAW stores int32 sums, else scaled and biased."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait(EARLY)
     # tokens change fastest, so that a tile of weights is read again while it is in the cache
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
@@ -207,7 +203,7 @@ def tile_linear(
         size = tiles * config.split * config.outputs * config.tokens
         partial = torch.empty(size, dtype=torch.int32, device=x.device)
     even = row_bytes % config.depth == 0 and inner == row_bytes * (2 if packed else 1)
-    dependent = config.dependent and not INTERPRETED.value
+    early = launches_early(x.device)
     tile_kernel[(tiles * config.split,)](
         x,
         x_scale,
@@ -231,10 +227,10 @@ def tile_linear(
         TOKENS=config.tokens,
         DEPTH=config.depth,
         SPLIT=config.split,
-        DEPENDENT=dependent,
+        EARLY=early,
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # each operation of the epilogue rounds by itself, as PyTorch's do
-        **({"launch_pdl": True} if dependent else {}),
+        **launch_options(early),
     )
     return y

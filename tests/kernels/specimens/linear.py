@@ -13,25 +13,25 @@ _ALIGNED = ("x_ptr", "x_scale_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "y_ptr",
 _LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 
 
-def _gemv(name: str, rows: int, outs: int, inner: int, packed: bool = True, dependent: bool = False) -> Specimen:
+def _gemv(name: str, rows: int, outs: int, inner: int, packed: bool = True, early: bool = False) -> Specimen:
     row_words = inner // (8 if packed else 4)
     config = gemv_config(rows, outs, row_words, packed)
     constants = {"ROWS": rows, "ROW_WORDS": row_words, "PACKED": packed, "PER_ROW": False, "HAS_BIAS": True}
     constants |= {"RAW": False, "OUTPUTS": config.outputs, "WORDS": 128 * config.warps, "AHEAD": config.ahead}
-    options = {"num_warps": config.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if dependent else {})
+    options = {"num_warps": config.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
     return Specimen(
         name=f"linear gemv {name}",
         kernel=gemv_kernel,
         types=_COMMON | {"x_ptr": "*i32", "w_ptr": "*i32"},
-        constants=constants | {"DEPENDENT": dependent},
+        constants=constants | {"EARLY": early, "PREFETCHING": 1024},
         options=options,
-        minimum_arch=90 if dependent else 80,
+        minimum_arch=90 if early else 80,
         aligned=_ALIGNED,
     )
 
 
 def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True) -> Specimen:
-    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even, "DEPENDENT": False}
+    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even, "EARLY": False}
     constants |= {"OUTPUTS": config.outputs, "TOKENS": config.tokens, "DEPTH": config.depth, "SPLIT": config.split}
     sizes = ("rows", "inner", "row_bytes", "token_tiles")
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8" if packed else "*i8", "partial_ptr": "*i32", "counter_ptr": "*i32"}
@@ -63,7 +63,7 @@ def _chosen_tiles() -> list[Specimen]:
 SPECIMENS = [
     *(_gemv(f"{name} of {rows} rows", rows, *layer) for name, layer in _LAYERS.items() for rows in (1, 2, 4, 8)),
     *(_gemv(f"int8 head of {rows} rows", rows, 128256, 4096, packed=False) for rows in (2, 8)),
-    _gemv("dependent", 1, 4096, 4096, dependent=True),
+    _gemv("launched early", 1, 4096, 4096, early=True),
     *_chosen_tiles(),
     _tile("odd", TileConfig(64, 16, 128, 2, 4, 4), even=False),
     *(

@@ -1,0 +1,167 @@
+"""The quantizers between the ops of a decoder block, and the paths that they and the linears can be on.
+
+A path is FLOAT (rotated floating point, before `quantize_`), REFERENCE (quantize and dequantize in float32: what the
+integers are checked against) or INTEGER (after `quantize_`).
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pq_ao.config import PrefixQuantConfig
+from pq_ao.ops import dequantize, quantize, quantize_per_row
+from pq_ao.ops.linear_paths import capability_of, encoding
+from pq_ao.tensors import QuantizedActivation
+
+
+class Path(Enum):
+    """Arithmetic of a quantizer or a linear, see the module docstring."""
+
+    FLOAT = "float"
+    REFERENCE = "reference"
+    INTEGER = "integer"
+
+
+class FixedDtype(nn.Module):
+    """A module whose dtype was fixed by calibration: `.half()`, `.to(dtype)` and their kin raise."""
+
+    fixed_dtype: torch.dtype = torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in (self.fixed_dtype, torch.float32):  # scales are float32 whatever the model is
+            became = fn(torch.empty(0, dtype=dtype)).dtype
+            if became != dtype:
+                remedy = (
+                    "Leave the conversion out: only the scales, which stay float32, have another dtype."
+                    if became == self.fixed_dtype
+                    else f"Load the original model with dtype={became} and calibrate that."
+                )
+                raise ValueError(
+                    f"A calibrated model cannot be converted to {became}: its codes and scales belong to "
+                    f"{self.fixed_dtype}. {remedy}"
+                )
+        return super()._apply(fn, recurse)
+
+
+class ActivationQuantizer(FixedDtype):
+    """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
+
+    In static mode the mean of each channel is taken off before quantizing; what it contributes to the linear is
+    constant, and stands in the bias. So the codes spend their range on what changes from token to token.
+
+    Attributes:
+        scale: float32 (1,), static scale; unused in dynamic mode.
+        shift: float32 [K], static mean of each channel; None in dynamic mode.
+        path: see `Path`.
+        observer: called with the float32 tensor before it is quantized; calibration sets it.
+    """
+
+    def __init__(self, config: PrefixQuantConfig, width: int, device: torch.device):
+        super().__init__()
+        self.bits, self.weight_bits = config.act_bits, config.weight_bits
+        self.dynamic = config.mode == "dynamic"
+        self.path = Path.FLOAT
+        self.observer: Callable[[Tensor], None] | None = None
+        self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("shift", None if self.dynamic else torch.zeros(width, device=device))
+
+    def encoding(self, tokens: int) -> torch.dtype:
+        """dtype of the codes that the linear behind reads best for so many tokens."""
+        return encoding(tokens, self.bits, self.weight_bits, capability_of(self.scale.device))
+
+    def codes(self, x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+        """Codes of x - shift, and their scale (1,) or [..., 1]."""
+        if self.dynamic:
+            return quantize_per_row(x, self.bits, dtype)
+        return quantize(x.float() - self.shift, self.scale, self.bits, dtype), self.scale
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
+        if self.observer is not None:
+            self.observer(x)
+        if self.path is Path.FLOAT:
+            return x.to(dtype)
+        if self.path is Path.INTEGER:
+            return QuantizedActivation(*self.codes(x, self.encoding(x.numel() // x.shape[-1])), dtype)
+        restored = dequantize(*self.codes(x))
+        return restored if self.shift is None else restored + self.shift
+
+
+class KVQuantizer(FixedDtype):
+    """Keys and values, per KV head: static scales, or one scale for each token and head in dynamic mode.
+
+    In static mode the mean of each channel is taken off first, and attention makes up for it exactly: one vector off
+    all keys, the prefix's too, leaves the softmax as it is; one vector off all values comes out of attention
+    unchanged, for probabilities add up to 1.
+
+    Attributes:
+        key_scale, value_scale: float32 [G]; unused in dynamic mode and at 16 bits.
+        key_shift, value_shift: float32 [G, 1, D], static means; None in dynamic mode and at 16 bits.
+        path: see `Path`; at 16 bits it stays FLOAT.
+    """
+
+    def __init__(self, config: PrefixQuantConfig, kv_heads: int, head_dim: int, device: torch.device):
+        super().__init__()
+        self.bits = config.kv_bits
+        self.dynamic = config.mode == "dynamic"
+        self.path = Path.FLOAT
+        shifted = not self.dynamic and self.bits < 16
+        for name in ("key", "value"):
+            self.register_buffer(f"{name}_scale", torch.ones(kv_heads, device=device))
+            shift = torch.zeros(kv_heads, 1, head_dim, device=device) if shifted else None
+            self.register_buffer(f"{name}_shift", shift)
+
+    def static(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Key scale, value scale, key shift, value shift of static mode; Nones otherwise."""
+        if self.key_shift is None:
+            return (None,) * 4
+        return self.key_scale, self.value_scale, self.key_shift, self.value_shift
+
+    def _codes(self, x_BGLD: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.dynamic:
+            codes, scale = quantize_per_row(x_BGLD, self.bits)
+            return codes, scale.squeeze(-1)
+        return quantize(x_BGLD.float() - shift, scale.view(-1, 1, 1), self.bits), scale
+
+    def forward(
+        self, key_BGLD: Tensor, value_BGLD: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values and their scales: floats and None, or int8 codes (shift off) and scales [G] or [B, G, L]."""
+        if self.path is Path.FLOAT or self.bits == 16:
+            return key_BGLD.to(dtype), value_BGLD.to(dtype), None, None
+        key, key_scale = self._codes(key_BGLD, self.key_scale, self.key_shift)
+        value, value_scale = self._codes(value_BGLD, self.value_scale, self.value_shift)
+        if self.path is Path.INTEGER:
+            return key, value, key_scale, value_scale
+        shape = (-1, 1, 1) if key_scale.ndim == 1 else (*key_scale.shape, 1)
+        key, value = dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape))
+        if self.key_shift is not None:
+            key, value = key + self.key_shift, value + self.value_shift
+        return key, value, None, None
+
+
+class KVSlots(NamedTuple):
+    """Where a call keeps keys and values: packed, with scales [B, G, S] in dynamic mode, its first token at `start`."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    start: Tensor
+
+    @classmethod
+    def for_one_call(
+        cls, kv: KVQuantizer, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
+    ) -> "KVSlots":
+        """Slots for a call without a cache."""
+        device = kv.key_scale.device
+        width = head_dim // 2 if kv.bits == 4 else head_dim
+        dtype = {4: torch.uint8, 8: torch.int8, 16: dtype}[kv.bits]
+        keys, values = (torch.empty(batch, kv_heads, length, width, dtype=dtype, device=device) for _ in range(2))
+        scales = (None, None)
+        if kv.dynamic and kv.bits < 16:
+            scales = tuple(torch.empty(batch, kv_heads, length, device=device) for _ in range(2))
+        return cls(keys, values, *scales, torch.zeros((), dtype=torch.int64, device=device))
