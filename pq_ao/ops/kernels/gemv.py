@@ -14,14 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.asm import dp4a, widen_words
-from pq_ao.ops.kernels.early import launch_options, launches_early, prefetch, wait
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 
 MAX_ROWS = 8
 WORD = 4  # bytes
-_LINE_WORDS = tl.constexpr(128 // WORD)  # of what a prefetch fetches
-
-# programs of the first wave, about
-PREFETCHING = 132 * 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,6 @@ def gemv_kernel(
     WORDS: tl.constexpr,
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
-    PREFETCHING: tl.constexpr,
 ):
     """y = x w^T for int32 words x [M, 2 W or W] and w [N, W]; RAW stores int32 sums, else scaled and biased."""
     STEPS: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
@@ -108,13 +103,7 @@ def gemv_kernel(
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     # rows past the end are read twice rather than masked; they are never stored
     row = tl.minimum(n, outs - 1)
-    if EARLY:
-        # weights are constant: those of the programs that run first can be on their way already
-        if tl.program_id(0) < PREFETCHING:
-            LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(ROW_WORDS, _LINE_WORDS))
-            line = tl.arange(0, LINES) * _LINE_WORDS
-            prefetch(w_ptr + row[:, None] * ROW_WORDS + tl.minimum(line, ROW_WORDS - 1)[None, :])
-        wait(EARLY)
+    wait(EARLY)
 
     # room for a power of two of rows; no instruction is spent on those that are not there
     COUNT: tl.constexpr = ROWS if ROWS <= 2 else (4 if ROWS <= 4 else 8)
@@ -225,7 +214,6 @@ def gemv(
         WORDS=128 * config.warps,
         AHEAD=config.ahead,
         EARLY=early,
-        PREFETCHING=PREFETCHING,
         num_warps=config.warps,
         enable_fp_fusion=False,  # each operation of the epilogue rounds by itself, as PyTorch's do
         **launch_options(early),

@@ -13,7 +13,7 @@ SPECIMENS = [
         "int8 head gemv",
         gemv_kernel,
         {"x_ptr": "*i32", "w_ptr": "*i32", "y_ptr": "*i32", "outs": "i32"},
-        _NONE | {"ROWS": 2, "ROW_WORDS": 1024, "OUTPUTS": 8, "WORDS": 512, "AHEAD": 4, "PREFETCHING": 0},
+        _NONE | {"ROWS": 2, "ROW_WORDS": 1024, "OUTPUTS": 8, "WORDS": 512, "AHEAD": 4},
         {"num_warps": 4, "enable_fp_fusion": False},
         aligned=("x_ptr", "w_ptr", "y_ptr", "outs"),
     ),
