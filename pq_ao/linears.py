@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from pq_ao.config import PrefixQuantConfig
+from pq_ao.ops import unscaled_linear
 from pq_ao.ops.kernels.workspace import counters
 from pq_ao.quantizers import ActivationQuantizer, FixedDtype, KVQuantizer, Path
 from pq_ao.tensors import PackedWeight
@@ -63,6 +64,19 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         shift = self.quantizers[0].shift
         x = x if shift is None else x - shift  # its product with the weight stands in the bias
         return nn.functional.linear(x.float(), weight.dequantize(), bias).to(self.fixed_dtype)
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, tuple]:
+        """What `forward` gives, and (); or, where that saves a pass over memory, what an op needs to make it itself.
+
+        Returns:
+            [..., N] in the model's dtype and (); or float32 accumulators [..., N] and (scale [N], bias [N] or None,
+            the model's dtype).
+        """
+        if self.path is Path.INTEGER:
+            raw = unscaled_linear(x.qdata, x.scale, self.weight.qdata, self.weight.scale)
+            if raw is not None:
+                return raw[0], (raw[1], self.bias, self.fixed_dtype)
+        return self(x), ()
 
     def pack_(self) -> None:
         """Drops the floating-point weight for the codes, and sends this linear and its quantizers over to integers."""

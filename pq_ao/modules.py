@@ -110,8 +110,7 @@ class PrefixAttention(FixedDtype):
         foreign = past_key_values is not None and layer is None
         is_causal = attention_mask is None or attention_mask.ndim == 2
         if self.qkv_proj.path is Path.INTEGER and is_causal and not foreign:
-            qkv = self.qkv_proj(hidden_states)
-            return self.o_proj(self._attend_fused(qkv, position_embeddings, attention_mask, layer)), None
+            return self.o_proj(self._attend_fused(hidden_states, position_embeddings, attention_mask, layer)), None
         query, key, value = self.project(hidden_states, position_embeddings)
         key, value, key_scale, value_scale = self.kv(key, value, self.fixed_dtype)
         out_BLHD = attend(
@@ -122,12 +121,13 @@ class PrefixAttention(FixedDtype):
 
     def _attend_fused(
         self,
-        qkv: Tensor,
+        hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         visible: Tensor | None,
         layer: PrefixStaticLayer | None,
     ) -> Tensor:
-        """The input of `o_proj` from qkv [B, L, (H + 2G) D], by two ops: store keys and values, then attend."""
+        """The input of `o_proj`, by two ops behind `qkv_proj`: store keys and values, then attend."""
+        qkv, unscaled = self.qkv_proj.unscaled(hidden_states)
         kv, site, (batch, length) = self.kv, self.o_in, qkv.shape[:2]
         if layer is None:
             slots = KVSlots.for_one_call(kv, batch, self.kv_heads, length, self.head_dim, self.fixed_dtype)
@@ -140,7 +140,7 @@ class PrefixAttention(FixedDtype):
             norms = (self.query_norm.weight, self.key_norm.weight, self.query_norm.variance_epsilon)
         query = rope_store(
             qkv, *position_embeddings, self.head_base, *norms, *slots[:4], *static, slots.start, self.query_heads,
-            kv.bits,
+            kv.bits, *unscaled,
         )  # fmt: skip
         scales = static[:2] if slots.key_scale is None else (slots.key_scale, slots.value_scale)
         out = cache_attention(
@@ -178,14 +178,15 @@ class PrefixMLP(FixedDtype):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, L, d] to [B, L, d]."""
-        gate_up, site = self.gate_up_proj(hidden_states), self.down_in
+        site = self.down_in
         if site.path is Path.INTEGER and self.is_silu:
+            gate_up, unscaled = self.gate_up_proj.unscaled(hidden_states)
             encoding = site.encoding(gate_up.numel() // gate_up.shape[-1])
             scale = None if site.dynamic else site.scale
-            codes, row_scale = silu_hadamard(gate_up, self.down_base, scale, site.shift, site.bits, encoding)
+            codes, row_scale = silu_hadamard(gate_up, self.down_base, scale, site.shift, site.bits, encoding, *unscaled)
             h = QuantizedActivation(codes, row_scale if site.dynamic else scale, self.fixed_dtype)
             return self.down_proj(h)
-        gate, up = gate_up.float().chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(hidden_states).float().chunk(2, dim=-1)
         h = self.act_fn(gate) * up
         if self.down_base is not None:
             h = hadamard(h, self.down_base)

@@ -3,7 +3,7 @@
 from pq_ao.ops.attention import prefix_attention
 from pq_ao.ops.cache_attention import cache_attention
 from pq_ao.ops.hadamard import hadamard
-from pq_ao.ops.int_linear import int_accumulate, int_linear
+from pq_ao.ops.int_linear import int_accumulate, int_linear, unscaled_linear
 from pq_ao.ops.linear_paths import LinearPath, encoding, forced_path, linear_path
 from pq_ao.ops.packing import pack_int4, unpack_int4
 from pq_ao.ops.quantize import code_range, dequantize, quantize, quantize_per_row
@@ -28,4 +28,5 @@ __all__ = [
     "rope_store",
     "silu_hadamard",
     "unpack_int4",
+    "unscaled_linear",
 ]

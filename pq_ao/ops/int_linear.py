@@ -167,6 +167,24 @@ def int_accumulate(
     return _matmul(x_codes, w_codes, path).to(torch.int32).contiguous()
 
 
+def unscaled_linear(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Accumulators and their scale, for an op behind that does the epilogue as it reads them.
+
+    Only where the epilogue would be a pass of its own: on the path E4M3, with one static scale.
+
+    Args:
+        x_codes, x_scale, w_codes, w_scale: see `int_linear`.
+
+    Returns:
+        float32 [..., N] and float32 [N], or None: call `int_linear`.
+    """
+    rows = x_codes.reshape(-1, x_codes.shape[-1])
+    if x_scale.ndim > 1 or _choose(rows, w_codes, None) is not LinearPath.E4M3:
+        return None
+    rows = _as_read(rows, LinearPath.E4M3)
+    return _matmul(rows, w_codes, LinearPath.E4M3).view(*x_codes.shape[:-1], -1), x_scale * w_scale
+
+
 def int_linear(
     x_codes: Tensor,
     x_scale: Tensor,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pq_ao.hadamard import hadamard_transform
+from pq_ao.ops.accumulators import check_accumulators, scaled
 from pq_ao.ops.packing import pack_int4
 from pq_ao.ops.quantize import quantize, quantize_per_row
 
@@ -14,6 +15,7 @@ from pq_ao.ops.quantize import quantize, quantize_per_row
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None, norms: tuple, keys: Tensor, values: Tensor,
     token_scales: tuple, scales: tuple, shifts: tuple, start: Tensor, query_heads: int, bits: int,
+    accumulators: tuple,
 ) -> int:  # fmt: skip
     """The head dim, or an error."""
     stored = {4: (torch.uint8,), 8: (torch.int8,), 16: (torch.bfloat16, torch.float16, torch.float32)}.get(bits)
@@ -48,12 +50,14 @@ def _check(
             raise ValueError(
                 f"rope_store: rotation has shape {list(rotation.shape)}; hadamard_base({head_dim}) is required."
             )
+    check_accumulators("rope_store", qkv, *accumulators)
+    dtype = accumulators[2] or qkv.dtype
     if (norms[0] is None) != (norms[1] is None):
         raise ValueError("rope_store: query_norm and key_norm go together.")
     for norm in norms:
-        if norm is not None and (norm.shape != (head_dim,) or norm.dtype != qkv.dtype):
+        if norm is not None and (norm.shape != (head_dim,) or norm.dtype != dtype):
             raise ValueError(
-                f"rope_store: a head norm is {norm.dtype} {list(norm.shape)}; {qkv.dtype} [{head_dim}] is required."
+                f"rope_store: a head norm is {norm.dtype} {list(norm.shape)}; {dtype} [{head_dim}] is required."
             )
     dynamic = bits < 16 and scales[0] is None
     for kind, tensors, shape, wanted in (
@@ -133,6 +137,9 @@ def rope_store(
     start: Tensor,
     query_heads: int,
     bits: int,
+    in_scale: Tensor | None = None,
+    in_bias: Tensor | None = None,
+    in_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Writes keys and values of L tokens into the cache and returns the queries, ready for attention.
 
@@ -143,7 +150,7 @@ def rope_store(
         qkv: [B, L, (H + 2G) * D] floating point, from one linear; D even.
         cos, sin: [B or 1, L, D] floating point.
         rotation: float32 [K, K], `hadamard_base(D)`, for R3; None for no rotation.
-        query_norm, key_norm: [D] in the dtype of qkv, gains of a RMSNorm over each head, or None.
+        query_norm, key_norm: [D] in the dtype of qkv (or in_dtype), gains of a RMSNorm over each head, or None.
         norm_eps: its epsilon.
         keys, values: the cache, changed in place: uint8 [B, G, S, D / 2] (4 bits), int8 [B, G, S, D] (8 bits) or
             floats [B, G, S, D] (16 bits).
@@ -153,9 +160,13 @@ def rope_store(
         start: int64, one element: the slot of the first token.
         query_heads: H.
         bits: 4, 8 or 16.
+        in_scale: float32 [(H + 2G) * D] if qkv holds float32 accumulators: qkv * in_scale + in_bias, rounded to
+            in_dtype, is then meant. None if qkv is as it should be.
+        in_bias: float32 [(H + 2G) * D] or None; goes with in_scale.
+        in_dtype: torch.bfloat16, float16 or float32; goes with in_scale.
 
     Returns:
-        [B, L, H, D] in the dtype of qkv.
+        [B, L, H, D] in the dtype of qkv, or in in_dtype.
 
     Raises:
         TypeError: a dtype that does not go with `bits`.
@@ -163,9 +174,10 @@ def rope_store(
     """
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
-        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits,
+        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits, (in_scale, in_bias, in_dtype),
     )  # fmt: skip
     groups, length = keys.shape[1], qkv.shape[1]
+    qkv = scaled(qkv, in_scale, in_bias, in_dtype)
     heads_BLHD = qkv.view(*qkv.shape[:2], -1, head_dim)
     query, key, value = heads_BLHD.split((query_heads, groups, groups), dim=-2)
     query = _rotate(_normalize(query, query_norm, norm_eps), cos, sin, rotation)
@@ -179,26 +191,29 @@ def rope_store(
 @rope_store.register_fake
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
-    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits,
+    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits, in_scale=None, in_bias=None,
+    in_dtype=None,
 ):  # fmt: skip
     head_dim = qkv.shape[-1] // (query_heads + 2 * keys.shape[1])
-    return qkv.new_empty(*qkv.shape[:2], query_heads, head_dim)
+    return qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
 
 
 @rope_store.register_kernel("cuda")
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
-    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits,
+    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits, in_scale=None, in_bias=None,
+    in_dtype=None,
 ):  # fmt: skip
     from pq_ao.ops.kernels.rope_store import launch
 
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
-        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits,
+        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits, (in_scale, in_bias, in_dtype),
     )  # fmt: skip
-    query = qkv.new_empty(*qkv.shape[:2], query_heads, head_dim)
+    query = qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
     launch(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), rotation, query_norm, key_norm, norm_eps, keys, values,
         key_token_scale, value_token_scale, key_scale, value_scale, key_shift, value_shift, start, query, bits,
+        in_scale=in_scale, in_bias=in_bias, in_dtype=in_dtype,
     )  # fmt: skip
     return query

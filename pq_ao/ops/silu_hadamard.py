@@ -4,19 +4,22 @@ import torch
 from torch import Tensor
 
 from pq_ao.hadamard import hadamard_transform
+from pq_ao.ops.accumulators import check_accumulators, scaled
 from pq_ao.ops.quantize import quantize, quantize_per_row
 
 _ENCODINGS = (torch.int8, torch.float8_e4m3fn)
 
 
 def _check(
-    gate_up: Tensor, base: Tensor | None, scale: Tensor | None, shift: Tensor | None, bits: int, encoding: torch.dtype
-) -> int:
+    gate_up: Tensor, base: Tensor | None, scale: Tensor | None, shift: Tensor | None, bits: int, encoding: torch.dtype,
+    in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None,
+) -> int:  # fmt: skip
     """The width F, or an error."""
     if not gate_up.is_floating_point():
         raise TypeError(f"silu_hadamard: gate_up has dtype {gate_up.dtype}; a floating-point tensor is required.")
     if gate_up.ndim == 0 or gate_up.shape[-1] < 2 or gate_up.shape[-1] % 2:
         raise ValueError(f"silu_hadamard: gate_up has shape {list(gate_up.shape)}; [..., 2F] is required.")
+    check_accumulators("silu_hadamard", gate_up, in_scale, in_bias, in_dtype)
     if encoding not in _ENCODINGS:
         raise TypeError(f"silu_hadamard: encoding={encoding}; it must be one of {_ENCODINGS}.")
     if bits not in (4, 8) or (bits == 8 and encoding != torch.int8):
@@ -47,6 +50,9 @@ def silu_hadamard(
     shift: Tensor | None,
     bits: int,
     encoding: torch.dtype,
+    in_scale: Tensor | None = None,
+    in_bias: Tensor | None = None,
+    in_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes of R4(silu(gate) * up) - shift, all in float32 before the one rounding.
 
@@ -57,6 +63,10 @@ def silu_hadamard(
         shift: float32 [F], static means taken off before quantizing, or None.
         bits: 4 or 8.
         encoding: torch.int8, or torch.float8_e4m3fn, which holds the same integers (4 bits only).
+        in_scale: float32 [2F] if gate_up holds float32 accumulators: gate_up * in_scale + in_bias, rounded to in_dtype,
+            is then meant. None if gate_up is as it should be.
+        in_bias: float32 [2F] or None; goes with in_scale.
+        in_dtype: torch.bfloat16, float16 or float32; goes with in_scale.
 
     Returns:
         codes `encoding` [..., F]; row scales float32 [..., 1] if dynamic, else an empty (0,) tensor.
@@ -69,8 +79,8 @@ def silu_hadamard(
 
         codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, shift, 4, torch.int8)
     """
-    _check(gate_up, base, scale, shift, bits, encoding)
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    _check(gate_up, base, scale, shift, bits, encoding, in_scale, in_bias, in_dtype)
+    gate, up = scaled(gate_up, in_scale, in_bias, in_dtype).float().chunk(2, dim=-1)
     h = torch.nn.functional.silu(gate) * up
     if base is not None:
         h = hadamard_transform(h, base)
@@ -88,15 +98,18 @@ def _outputs(gate_up: Tensor, features: int, dynamic: bool, encoding: torch.dtyp
 
 
 @silu_hadamard.register_fake
-def _(gate_up, base, scale, shift, bits, encoding):
+def _(gate_up, base, scale, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
     return _outputs(gate_up, gate_up.shape[-1] // 2, scale is None, encoding)
 
 
 @silu_hadamard.register_kernel("cuda")
-def _(gate_up, base, scale, shift, bits, encoding):
+def _(gate_up, base, scale, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
     from pq_ao.ops.kernels.silu_hadamard import launch
 
-    features = _check(gate_up, base, scale, shift, bits, encoding)
+    features = _check(gate_up, base, scale, shift, bits, encoding, in_scale, in_bias, in_dtype)
     codes, row_scale = _outputs(gate_up, features, scale is None, encoding)
-    launch(gate_up.contiguous(), base, scale, shift, bits, codes.view(-1, features), row_scale)
+    launch(
+        gate_up.contiguous(), base, scale, shift, bits, codes.view(-1, features), row_scale, in_scale=in_scale,
+        in_bias=in_bias, in_dtype=in_dtype,
+    )  # fmt: skip
     return codes, row_scale

@@ -8,7 +8,8 @@ from tests.ops.test_rope_store import Case
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from pq_ao.ops.kernels.rope_store import Tiling, launch
+from pq_ao.ops.kernels.rope_rows import RowsTiling
+from pq_ao.ops.kernels.rope_store import Tiling, choose_tiling, launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,6 +99,54 @@ def test_every_tiling(tiling):
     check(Case(heads=6, groups=3, length=5), tiling)
 
 
+ROWS = RowsTiling(block_h=2, warps=4, steps=1)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"head_dim": 64},
+        {"head_dim": 128, "length": 9, "start": 1, "dtype": torch.float16},
+        {"head_dim": 64, "norms": True, "dtype": torch.float16, "shared_tables": False},
+        {"head_dim": 64, "batch": 3, "start": 9, "groups": 1},
+        {"head_dim": 64, "raw": True, "norms": True, "dtype": torch.float16},
+    ],
+)
+def test_many_tokens(kwargs, mode, bits):
+    check(Case(bits=bits, mode=mode, **kwargs), ROWS)
+
+
+@pytest.mark.parametrize("tiling", [RowsTiling(8, 4, 1), RowsTiling(1, 8, 2), RowsTiling(4, 4, 4)])
+def test_every_tiling_of_many_tokens(tiling):
+    check(Case(heads=6, groups=3, length=11, start=0, head_dim=64), tiling)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_many_tokens_without_a_rotation_every_byte_is_equal(mode):
+    case = Case(rotation=False, mode=mode, head_dim=64)
+    query, cache = run(case, ROWS)
+    assert torch.equal(query, rope_store(**case.arguments()))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(cache, case.cache(), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_raw_accumulators(dtype, bias):
+    for tiling in (None, ROWS):
+        check(Case(raw=True, raw_bias=bias, dtype=dtype, head_dim=64), tiling)
+    case = Case(raw=True, raw_bias=bias, dtype=dtype, head_dim=64, rotation=False)
+    assert torch.equal(run(case)[0], rope_store(**case.arguments()))
+
+
+def test_the_choice_by_tokens_and_head_dim():
+    assert isinstance(choose_tiling(1, 8, 128, 1), Tiling) and isinstance(choose_tiling(8192, 8, 128, 1), RowsTiling)
+    assert isinstance(choose_tiling(8192, 8, 64, 0), RowsTiling)
+    for head_dim, order in ((80, 20), (256, 1), (128, 2)):
+        assert isinstance(choose_tiling(8192, 8, head_dim, order), Tiling)
+
+
 def test_bfloat16_queries():
     check(Case(dtype=torch.bfloat16, head_dim=64))
 
@@ -114,7 +163,7 @@ def test_no_tokens():
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("norms", [False, True])
 def test_models_shapes(head_dim, bits, mode, norms):
-    for batch, length in ((1, 1), (5, 1), (2, 9)):
+    for batch, length in ((1, 1), (5, 1), (2, 9), (3, 50)):
         check(
             Case(
                 batch=batch, length=length, head_dim=head_dim, bits=bits, mode=mode, norms=norms, heads=32, groups=8,

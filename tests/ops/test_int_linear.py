@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pq_ao.ops import int_accumulate, int_linear, pack_int4
+from pq_ao.ops import int_accumulate, int_linear, pack_int4, unscaled_linear
 from pq_ao.ops.linear_paths import LinearPath, forced_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +187,21 @@ class TestOps:
                 assert torch.equal(y, expected), (rows, codes.dtype)
         for path in (LinearPath.TILE, LinearPath.E4M3):
             assert torch.equal(int_accumulate(x, pack_int4(weight), path).long(), exact(x, weight))
+
+    def test_accumulators_left_to_the_op_behind(self, monkeypatch):
+        monkeypatch.setattr(sys.modules["pq_ao.ops.int_linear"], "capability_of", lambda device: (9, 0))
+        codes, weight = random_codes(2, 600, 64, bits=4), random_codes(32, 64, bits=4)
+        x, w_scale, bias = codes.to(torch.float8_e4m3fn), torch.rand(32), torch.rand(32)
+        acc, scale = unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale)
+        assert torch.equal(acc.long(), exact(codes.view(-1, 64), weight).view(2, 600, 32))
+        y = (acc * scale + bias).to(torch.bfloat16)
+        assert torch.equal(y, int_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, bias, torch.bfloat16))
+        for few_or_int8_or_dynamic in (
+            (x[:, :4], torch.tensor([0.3])),
+            (codes, torch.tensor([0.3])),
+            (x, torch.rand(2, 600, 1)),
+        ):
+            assert unscaled_linear(*few_or_int8_or_dynamic, pack_int4(weight), w_scale) is None
 
     @pytest.mark.parametrize("x_scale", [torch.tensor([0.25]), torch.rand(2, 3, 1)], ids=["static", "per-row"])
     def test_traces_as_one_graph(self, x_scale):

@@ -32,6 +32,8 @@ class Case:
     heads: int = HEADS
     groups: int = GROUPS
     dtype: torch.dtype = torch.float32
+    raw: bool = False
+    raw_bias: bool = True
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -62,9 +64,16 @@ class Case:
             "value_shift": random(self.groups, 1, self.head_dim) if static else None,
             "start": torch.tensor(self.start),
         }
+        if self.raw:
+            width = self.tensors["qkv"].shape[-1]
+            self.tensors["qkv"] = random(self.batch, self.length, width) * 1000
+            self.tensors["in_scale"] = 1e-3 + 1e-4 * random(width)
+            if self.raw_bias:
+                self.tensors["in_bias"] = 0.1 * random(width)
 
     def arguments(self) -> dict:
-        return self.tensors | {"norm_eps": EPS, "query_heads": self.heads, "bits": self.bits}
+        given = {"norm_eps": EPS, "query_heads": self.heads, "bits": self.bits}
+        return self.tensors | given | ({"in_dtype": self.dtype} if self.raw else {})
 
     def cache(self) -> list[Tensor]:
         names = ("keys", "values", "key_token_scale", "value_token_scale")
@@ -98,6 +107,22 @@ class Case:
         norm = Qwen3RMSNorm(self.head_dim, eps=EPS)
         norm.weight.data = self.tensors[name]
         return norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_raw_accumulators_equal_scaling_first(dtype, bias):
+    case = Case(raw=True, raw_bias=bias, dtype=dtype, norms=True)
+    query = rope_store(**case.arguments())
+    found = [tensor.clone() for tensor in case.cache()]
+    arguments = case.arguments()
+    qkv = arguments["qkv"] * arguments.pop("in_scale")
+    if bias:
+        qkv = qkv + arguments.pop("in_bias")
+    del arguments["in_dtype"]
+    expected = rope_store(**arguments | {"qkv": qkv.to(dtype)})
+    assert query.dtype == dtype and torch.equal(query, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, case.cache(), strict=True))
 
 
 @torch.no_grad()
@@ -175,6 +200,9 @@ def test_other_slots_keep_what_they_hold():
         ({"key_shift": None}, ValueError, "shifts are missing"),
         ({"value_scale": torch.ones(3)}, ValueError, "scales of shape"),
         ({"start": torch.tensor(0.0)}, TypeError, "start is"),
+        ({"in_dtype": torch.float16}, ValueError, "go with in_scale"),
+        ({"in_scale": torch.ones(192)}, TypeError, "in_dtype=None"),
+        ({"in_scale": torch.ones(8), "in_dtype": torch.float16}, ValueError, "in_scale is"),
         ({"keys": torch.zeros(2, 2, 12, 24, dtype=torch.uint8)[..., ::2]}, ValueError, "contiguous"),
     ],
 )
@@ -185,5 +213,5 @@ def test_errors_name_the_argument(change, error, message):
 
 @pytest.mark.parametrize(("mode", "bits"), [("static", 4), ("dynamic", 4), ("static", 16)])
 def test_opcheck(mode, bits):
-    arguments = Case(mode=mode, bits=bits, norms=True).arguments()
+    arguments = Case(mode=mode, bits=bits, norms=True, raw=bits == 16, dtype=torch.float16).arguments()
     torch.library.opcheck(torch.ops.pq_ao.rope_store.default, (), arguments)

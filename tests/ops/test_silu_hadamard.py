@@ -6,7 +6,7 @@ from transformers.activations import ACT2FN
 
 from pq_ao import prefixquant_config
 from pq_ao.hadamard import hadamard_base, hadamard_transform
-from pq_ao.modules import ActivationQuantizer
+from pq_ao.quantizers import ActivationQuantizer
 from pq_ao.ops import hadamard, silu_hadamard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +66,17 @@ def test_float8_holds_the_same_integers():
     assert float8.dtype == torch.float8_e4m3fn and torch.equal(float8.float(), codes.float())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_raw_accumulators_equal_scaling_first(dtype, bias):
+    raw, base = 1000 * random_gate_up(3, 320, dtype=torch.float32), hadamard_base(160)
+    in_scale, in_bias = torch.linspace(5e-4, 2e-3, 320), torch.linspace(-1, 1, 320) if bias else None
+    y = (raw * in_scale + in_bias if bias else raw * in_scale).to(dtype)
+    expected, expected_scale = silu_hadamard(y, base, None, None, 4, torch.int8)
+    codes, scale = silu_hadamard(raw, base, None, None, 4, torch.int8, in_scale, in_bias, dtype)
+    assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
+
+
 def test_hostile_values():
     """Saturated gates, an outlier beyond the range, a row of zeros (whose dynamic scale must not divide by zero)."""
     gate_up = random_gate_up(2, 320, dtype=torch.float32)
@@ -95,6 +106,14 @@ def test_empty_and_flat_inputs(shape):
         ({"bits": 3}, ValueError, "bits=3"),
         ({"bits": 8, "encoding": torch.float8_e4m3fn}, ValueError, "bits=8"),
         ({"encoding": torch.int32}, TypeError, "encoding"),
+        ({"in_bias": torch.ones(24)}, ValueError, "go with in_scale"),
+        ({"in_scale": torch.ones(24)}, TypeError, "in_dtype=None"),
+        ({"in_scale": torch.ones(12), "in_dtype": torch.float16}, ValueError, "in_scale is"),
+        (
+            {"gate_up": torch.ones(2, 24).half(), "in_scale": torch.ones(24), "in_dtype": torch.float16},
+            TypeError,
+            "accumulators are float32",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
@@ -112,3 +131,5 @@ def test_opcheck(dynamic, encoding):
     scale, shift = (None, None) if dynamic else (torch.ones(1), torch.zeros(12))
     arguments = (random_gate_up(2, 3, 24), hadamard_base(12), scale, shift, 4, encoding)
     torch.library.opcheck(torch.ops.pq_ao.silu_hadamard.default, arguments)
+    raw = (random_gate_up(2, 3, 24, dtype=torch.float32), *arguments[1:], torch.ones(24), None, torch.bfloat16)
+    torch.library.opcheck(torch.ops.pq_ao.silu_hadamard.default, raw)

@@ -1,23 +1,26 @@
 """Kernel of pq_ao::rope_store: one launch for queries, keys and values.
 
+For few tokens, and for those head dims that `rope_rows` does not take.
+
 A program does BLOCK_T tokens of BLOCK_H heads of one kind. Heads are held in two halves, as RoPE pairs them and as
 nibbles are packed, so neither moves data between threads; R3 is a product with a matrix made in registers.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, hadamard_entry, times_matrix
-from pq_ao.ops.kernels.interpret import INTERPRETED, quantize, round_half_even
-from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
-from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, code_range
-
-_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
-_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
+from pq_ao.ops.kernels.raw_input import load_input
+from pq_ao.ops.kernels.rope_parts import divide_and_round, dynamic_scale
+from pq_ao.ops.kernels.rope_rows import RowsTiling, choose_rows_tiling, launch_rows
+from pq_ao.ops.kernels.triton_types import TRITON_TYPES
+from pq_ao.ops.quantize import code_range
 
 
 @triton.jit
@@ -70,18 +73,6 @@ def _hadamard(first, second, base_ptr, D: tl.constexpr, BASE: tl.constexpr, FLAT
 
 
 @triton.jit
-def _quantize(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The codes of a true division, as whole floats, from one reciprocal a head: a division an element is slow."""
-    if INTERPRETED:  # its fma rounds twice
-        return quantize(x, scale, LOW, HIGH)
-    reciprocal = tl.div_rn(1.0, scale)
-    # off by an ulp at most, which the exact remainder mends (P. Markstein, IBM J. Res. Dev. 34, 1990)
-    quotient = tl.minimum(tl.maximum(x * reciprocal, LOW - 1.0), HIGH + 1.0)
-    quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
-    return round_half_even(tl.minimum(tl.maximum(quotient, LOW), HIGH))
-
-
-@triton.jit
 def _store(
     first, second, cache_ptr, token_scale_ptr, scale_ptr, shift_ptr, row, has_slot, head, is_head, d,
     D: tl.constexpr, BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -98,14 +89,13 @@ def _store(
             absmax = tl.maximum(
                 tl.max(tl.abs(first), axis=2, keep_dims=True), tl.max(tl.abs(second), axis=2, keep_dims=True)
             )
-            scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
-            scale = tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
+            scale = dynamic_scale(absmax, LOW, HIGH)
             tl.store(token_scale_ptr + row, scale, mask=has_slot)
         else:
             scale = tl.load(scale_ptr + head, mask=is_head, other=1.0)
             shift_first, shift_second = _load_halves(shift_ptr, head * D + d, is_head & (d < HALF), HALF)
             first, second = first - shift_first, second - shift_second
-        first, second = _quantize(first, scale, LOW, HIGH), _quantize(second, scale, LOW, HIGH)
+        first, second = divide_and_round(first, scale, LOW, HIGH), divide_and_round(second, scale, LOW, HIGH)
         if BITS == 8:
             tl.store(cache_ptr + row * D + d, first.to(tl.int8), mask=mask)
             tl.store(cache_ptr + row * D + HALF + d, second.to(tl.int8), mask=mask)
@@ -115,9 +105,11 @@ def _store(
 
 
 # one token a sequence is worth a kernel of its own, other sizes are not
-@triton.jit(do_not_specialize=["tokens", "slots", "table_stride"], do_not_specialize_on_alignment=["length"])
+@triton.jit(do_not_specialize=["tokens", "slots", "table_rows"], do_not_specialize_on_alignment=["length"])
 def rope_store_kernel(
     qkv_ptr,  # [B * L, (H + 2G) * D]
+    in_scale_ptr,  # float32 [(H + 2G) * D] or None
+    in_bias_ptr,  # the same
     cos_ptr,  # [B or 1, L, D]
     sin_ptr,
     base_ptr,  # float32 [BASE, BASE]
@@ -136,13 +128,14 @@ def rope_store_kernel(
     tokens,  # B * L
     length,  # L
     slots,  # S
-    table_stride,  # of cos and sin from batch to batch: L * D or 0
+    table_rows,  # of cos and sin from batch to batch: L or 0
     eps,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BASE: tl.constexpr,  # order of the base of R3; 0 for no rotation
     FLAT: tl.constexpr,
+    IN_DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     LOW: tl.constexpr,
@@ -150,7 +143,7 @@ def rope_store_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,  # of half a head
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     QUERY_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -167,11 +160,11 @@ def rope_store_kernel(
     mask = is_mine & (d < HALF)
     batch = token // length
     place = token - batch * length
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    source = token * ((H + 2 * G) * D) + (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D + d
-    first, second = _load_halves(qkv_ptr, source, mask, HALF)
+    wait(EARLY)
+    columns = (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D + d
+    row_ptr = qkv_ptr + token * ((H + 2 * G) * D)
+    first = load_input(row_ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE)
+    second = load_input(row_ptr, columns + HALF, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE)
     slot = tl.load(start_ptr) + place
     row = (batch * G + head) * slots + slot
     has_slot = is_mine & (slot >= 0) & (slot < slots)
@@ -186,7 +179,7 @@ def rope_store_kernel(
                 first, second = _normalize(first, second, query_norm_ptr, eps, d, D)
             else:
                 first, second = _normalize(first, second, key_norm_ptr, eps, d, D)
-        table = batch * table_stride + place * D + d
+        table = (batch * table_rows + place) * D + d
         table_mask = (token < tokens) & (d < HALF)
         cos_first, cos_second = _load_halves(cos_ptr, table, table_mask, HALF)
         sin_first, sin_second = _load_halves(sin_ptr, table, table_mask, HALF)
@@ -213,14 +206,21 @@ class Tiling:
     block_t: int
     block_h: int
     warps: int
-    pdl: bool = False
+    early: bool = False  # launched before the kernel in front has ended, where the GPU can
 
 
-def choose_tiling(tokens: int, kv_heads: int, head_dim: int) -> Tiling:
-    """The tiling for B * L tokens."""
+_FEW_TOKENS = 64
+
+
+def choose_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> Tiling | RowsTiling:
+    """The tiling for B * L tokens; `order`: of R3's base, 0 for no R3."""
+    if tokens > _FEW_TOKENS:
+        tiling = choose_rows_tiling(tokens, kv_heads, head_dim, order)
+        if tiling is not None:
+            return tiling
     block_h = min(8, triton.next_power_of_2(kv_heads))
-    if tokens <= 64:
-        return Tiling(16 // block_h, block_h, 4)
+    if tokens <= _FEW_TOKENS:
+        return Tiling(16 // block_h, block_h, 4, early=True)
     rows = 64 if head_dim <= 128 else 32
     return Tiling(rows // block_h, block_h, 4)
 
@@ -229,24 +229,35 @@ def launch(
     qkv: Tensor, cos: Tensor, sin: Tensor, base: Tensor | None, query_norm: Tensor | None, key_norm: Tensor | None,
     norm_eps: float, keys: Tensor, values: Tensor, key_token_scale: Tensor | None, value_token_scale: Tensor | None,
     key_scale: Tensor | None, value_scale: Tensor | None, key_shift: Tensor | None, value_shift: Tensor | None,
-    start: Tensor, query: Tensor, bits: int, tiling: Tiling | None = None,
+    start: Tensor, query: Tensor, bits: int, tiling: Tiling | RowsTiling | None = None, in_scale: Tensor | None = None,
+    in_bias: Tensor | None = None, in_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Fills `query` [B, L, H, D] and the cache; all tensors contiguous, `tiling` overrides the choice made here."""
     batch, length, heads, head_dim = query.shape
     groups, tokens = keys.shape[1], batch * length
     if tokens == 0:
         return
-    tiling = tiling or choose_tiling(tokens, groups, head_dim)
     order = 0 if base is None else base.shape[0]
+    tiling = tiling or choose_tiling(tokens, groups, head_dim, order)
     low, high = code_range(min(bits, 8))
+    tensors = (
+        query_norm, key_norm, keys, values, key_token_scale, value_token_scale, key_scale, value_scale, key_shift,
+        value_shift, start, query,
+    )  # fmt: skip
+    numbers = (tokens, length, keys.shape[2], length if cos.shape[0] > 1 else 0, norm_eps)
+    constants = {
+        "H": heads, "G": groups, "D": head_dim, "IN_DTYPE": TRITON_TYPES[in_dtype or qkv.dtype], "BITS": bits,
+        "DYNAMIC": key_token_scale is not None, "LOW": low, "HIGH": high,
+    }  # fmt: skip
+    if isinstance(tiling, RowsTiling):
+        launch_rows((qkv, in_scale, in_bias, cos, sin, *tensors), numbers, tiling, base is not None, constants)
+        return
     blocks = triton.cdiv(heads, tiling.block_h) + 2 * triton.cdiv(groups, tiling.block_h)
+    early = tiling.early and launches_early(qkv.device)
     rope_store_kernel[(triton.cdiv(tokens, tiling.block_t) * blocks,)](
-        qkv, cos, sin, base, query_norm, key_norm, keys, values, key_token_scale, value_token_scale,
-        key_scale, value_scale, key_shift, value_shift, start, query,
-        tokens, length, keys.shape[2], length * head_dim if cos.shape[0] > 1 else 0, norm_eps,
-        H=heads, G=groups, D=head_dim, BASE=order, FLAT=order == 0 or has_hadamard_matrix(order), BITS=bits,
-        DYNAMIC=key_token_scale is not None, LOW=low, HIGH=high, BLOCK_T=tiling.block_t, BLOCK_H=tiling.block_h,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim // 2)), PDL=tiling.pdl, num_warps=tiling.warps,
+        qkv, in_scale, in_bias, cos, sin, base, *tensors, *numbers, **constants,
+        BASE=order, FLAT=order == 0 or has_hadamard_matrix(order), BLOCK_T=tiling.block_t, BLOCK_H=tiling.block_h,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim // 2)), EARLY=early, num_warps=tiling.warps,
         # a fused multiply-add in RoPE or before a quantizer would give other last bits than the reference
-        enable_fp_fusion=False, **({"launch_pdl": True} if tiling.pdl else {}),
+        enable_fp_fusion=False, **launch_options(early),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Kernel of pq_ao::silu_hadamard: SwiGLU, the rotation R4 and quantization of a row without leaving the chip.
 
+For few rows, and for those widths that `silu_rows` does not take.
+
 A row of F = K * L elements, L a power of two, is h[k, l1, l2]. The axis l1 (T values) is done by butterflies between
 tensors that a thread holds whole, l2 by a product with a Walsh matrix, k by one with the base. With SPLIT programs a
 row, each reads all of it and keeps T / SPLIT of the l1 outputs, so that nothing has to be summed across programs.
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import (
     bf16_parts,
     butterflies,
@@ -22,44 +25,18 @@ from pq_ao.ops.kernels.hadamard import (
     times_matrix,
     walsh_sign,
 )
-from pq_ao.ops.kernels.interpret import INTERPRETED
-from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
-from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, code_range
-
-# the number whose last bits, once it is added, are the rounded integer
-_ROUNDER = tl.constexpr(12582912.0)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
-_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) to some 3 units in the last place; two special-function instructions, and no slow paths."""
-    if INTERPRETED:
-        return 1.0 / (1.0 + tl.exp(-x))
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-        "=f,f",
-        [x * -_LOG2_E],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _silu_times(gate_ptr, offsets, mask, F: tl.constexpr):
-    gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + F + offsets, mask=mask, other=0.0).to(tl.float32)
-    return gate * _sigmoid(gate) * up
+from pq_ao.ops.kernels.silu_parts import scale_of_row, silu_times, to_codes
+from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling, launch_rows
+from pq_ao.ops.kernels.triton_types import TRITON_TYPES
+from pq_ao.ops.quantize import code_range
 
 
 @triton.jit
 def _rotate_chunk(
-    gate_ptr, base_ptr, first_k, first, first_out, walsh, y,
-    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr, FLAT: tl.constexpr,
+    gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, first_k, first, first_out, walsh, y,
+    IN_DTYPE: tl.constexpr, F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K values of k give to y, a tuple of T / SPLIT / GROUP tensors [BLOCK_OUT, GROUP * BLOCK_L2]."""
     k = first_k + tl.arange(0, BLOCK_K)[:, None]
@@ -67,7 +44,8 @@ def _rotate_chunk(
     mask = (k < BASE * FOLD) & (l2 < L2)
     h = ()
     for l1 in tl.static_range(T):
-        h = h + (_silu_times(gate_ptr, k * (T * L2) + l1 * L2 + l2, mask, F),)
+        columns = k * (T * L2) + l1 * L2 + l2
+        h = h + (silu_times(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, F, IN_DTYPE),)
     h = butterflies(h, first, T, SPLIT)
     i = first_out + tl.arange(0, BLOCK_OUT)[:, None]
     j = first_k + tl.arange(0, BLOCK_K)[None, :]
@@ -83,32 +61,12 @@ def _rotate_chunk(
 
 
 @triton.jit
-def _scale_of_row(absmax, LOW: tl.constexpr, HIGH: tl.constexpr):
-    scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
-    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
-
-
-@triton.jit
-def _store_codes(y, inverse_scale, codes_ptr, mask, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Quantizes y and stores its codes; a pointer to float32 receives y as it is."""
-    if codes_ptr.dtype.element_ty == tl.float32:
-        codes = y
-    else:
-        # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
-        y = tl.minimum(tl.maximum(y * inverse_scale, LOW), HIGH) + _ROUNDER
-        if codes_ptr.dtype.element_ty == tl.int8:
-            codes = y.to(tl.int32, bitcast=True).to(tl.int8)
-        else:
-            codes = (y - _ROUNDER).to(codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr, codes, mask=mask)
-
-
-@triton.jit
 def _do_row(
-    row, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out, walsh,
-    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr, FLAT: tl.constexpr,
-    DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    row, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first,
+    first_out, walsh,
+    IN_DTYPE: tl.constexpr, F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr,
+    FLAT: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = BASE * FOLD
     GROUPS: tl.constexpr = T // SPLIT // GROUP
@@ -120,13 +78,13 @@ def _do_row(
         y = y + (tl.zeros((BLOCK_OUT, GROUP * BLOCK_L2), tl.float32),)
     if K <= BLOCK_K:
         y = _rotate_chunk(
-            gate_ptr, base_ptr, 0, first, first_out, walsh, y,
+            gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, 0, first, first_out, walsh, y, IN_DTYPE,
             F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
         )  # fmt: skip
     else:
         for first_k in range(0, K, BLOCK_K):
             y = _rotate_chunk(
-                gate_ptr, base_ptr, first_k, first, first_out, walsh, y,
+                gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, first_k, first, first_out, walsh, y, IN_DTYPE,
                 F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
             )  # fmt: skip
     if DYNAMIC:
@@ -134,7 +92,7 @@ def _do_row(
         absmax = tl.max(tl.max(tl.abs(y[0]), axis=1), axis=0)
         for group in tl.static_range(1, GROUPS):
             absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(y[group]), axis=1), axis=0))
-        scale = _scale_of_row(absmax * norm, LOW, HIGH)
+        scale = scale_of_row(absmax * norm, LOW, HIGH)
         tl.store(row_scale_ptr + row, scale)
     else:
         scale = tl.load(scale_ptr)
@@ -147,18 +105,21 @@ def _do_row(
         value = y[group] * norm
         if shift_ptr is not None:
             value -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
-        _store_codes(value, 1.0 / scale, codes_ptr + row * F + offsets, mask, LOW, HIGH)
+        codes = to_codes(value, scale, codes_ptr.dtype.element_ty, LOW, HIGH)
+        tl.store(codes_ptr + row * F + offsets, codes, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def silu_hadamard_kernel(
     gate_up_ptr,  # [M, 2F]
+    in_scale_ptr,  # float32 [2F] or None
+    in_bias_ptr,  # float32 [2F] or None
     base_ptr,  # float32 [BASE, BASE]
     scale_ptr,  # float32 (1,); unused if DYNAMIC
     shift_ptr,  # float32 [F] or None
     codes_ptr,  # [M, F] int8, float8 or, for tests, float32
     row_scale_ptr,  # float32 [M]; used if DYNAMIC
-    rows,
+    IN_DTYPE: tl.constexpr,
     F: tl.constexpr,
     BASE: tl.constexpr,
     FOLD: tl.constexpr,  # K = BASE * FOLD: that much of the power of two goes with the base
@@ -173,8 +134,7 @@ def silu_hadamard_kernel(
     DYNAMIC: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    STAGES: tl.constexpr,  # > 1: a program does many rows, the next one's loads in flight
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     TILES: tl.constexpr = SPLIT * ((BASE * FOLD + BLOCK_OUT - 1) // BLOCK_OUT)
     program = tl.program_id(0)
@@ -182,46 +142,38 @@ def silu_hadamard_kernel(
     first, first_out = tile % SPLIT, tile // SPLIT * BLOCK_OUT
     i, j = tl.arange(0, BLOCK_L2)[:, None], tl.arange(0, BLOCK_L2)[None, :]
     walsh = tl.where((i < L2) & (j < L2), walsh_sign(i, j), 0.0).to(tl.bfloat16)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if STAGES > 1:
-        for row in tl.range(program // TILES, rows, tl.num_programs(0) // TILES, num_stages=STAGES):
-            _do_row(
-                row, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out, walsh,
-                F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
-            )  # fmt: skip
-    else:
-        _do_row(
-            program // TILES, gate_up_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first, first_out,
-            walsh, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
-        )  # fmt: skip
+    wait(EARLY)
+    _do_row(
+        program // TILES, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr,
+        row_scale_ptr, first, first_out, walsh, IN_DTYPE, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K,
+        BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
+    )  # fmt: skip
 
 
 @triton.jit
 def silu_quantize_kernel(
-    gate_up_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, F: tl.constexpr, BLOCK: tl.constexpr,
-    DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+    gate_up_ptr, in_scale_ptr, in_bias_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr,
+    IN_DTYPE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same without a rotation: cdiv(F, BLOCK) programs a row; DYNAMIC needs one."""
     TILES: tl.constexpr = (F + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // TILES).to(tl.int64)
-    offsets = program % TILES * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    mask = offsets < F
-    y = _silu_times(gate_up_ptr + row * (2 * F), offsets, mask, F)
+    columns = program % TILES * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < F
+    wait(EARLY)
+    y = silu_times(gate_up_ptr + row * (2 * F), columns, mask, in_scale_ptr, in_bias_ptr, F, IN_DTYPE)
     if DYNAMIC:
-        scale = _scale_of_row(tl.max(tl.abs(y), axis=0), LOW, HIGH)
+        scale = scale_of_row(tl.max(tl.abs(y), axis=0), LOW, HIGH)
         tl.store(row_scale_ptr + row, scale)
     else:
         scale = tl.load(scale_ptr)
     if shift_ptr is not None:
-        y -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
+        y -= tl.load(shift_ptr + columns, mask=mask, other=0.0)
     # nothing was summed here, so codes can be those of the true division
-    _store_codes(tl.div_rn(y, scale), 1.0, codes_ptr + row * F + offsets, mask, LOW, HIGH)
+    codes = to_codes(tl.div_rn(y, scale), 1.0, codes_ptr.dtype.element_ty, LOW, HIGH)
+    tl.store(codes_ptr + row * F + columns, codes, mask=mask)
 
 
 _FEW_ROWS = 256  # up to here rows are cut between programs, for there are not enough of them to fill a GPU
@@ -242,23 +194,24 @@ class Tiling:
     block_k: int
     warps: int
     registers: int | None = None  # at most so many a thread, so that several programs share a multiprocessor
-    stages: int = 1
-    pdl: bool = False
+    early: bool = False  # launched before the kernel in front has ended, where the GPU can
 
     def options(self) -> dict[str, object]:
         """Launch options of Triton."""
         options = {"num_warps": self.warps}
         if self.registers is not None:
             options["maxnreg"] = self.registers
-        if self.pdl:
-            options["launch_pdl"] = True
         if self.block_out > _LARGEST_BLOCK_OUT:
             options["num_stages"] = 1  # several chunks of so large a base in flight exceed shared memory
         return options
 
 
-def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> Tiling:
+def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> Tiling | RowsTiling:
     """The tiling for `rows` rows of F = features, rotated with a base of this order."""
+    if rows > _FEW_ROWS:
+        tiling = choose_rows_tiling(features, base_order)
+        if tiling is not None:
+            return tiling
     length = features // base_order
     fold = 1
     while base_order * fold < 12 and fold < length:
@@ -282,7 +235,8 @@ def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> T
     warps = 4 if values <= 8192 else 8 if values <= 16384 else 16
     # 128 registers: two programs of 8 warps on a multiprocessor
     registers = 128 if warps == 8 and split == 1 and not dynamic else None
-    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers)
+    few = rows <= _FEW_ROWS
+    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers, early=few)
 
 
 def launch(
@@ -293,7 +247,10 @@ def launch(
     bits: int,
     codes: Tensor,
     row_scale: Tensor,
-    tiling: Tiling | None = None,
+    tiling: Tiling | RowsTiling | None = None,
+    in_scale: Tensor | None = None,
+    in_bias: Tensor | None = None,
+    in_dtype: torch.dtype | None = None,
 ) -> None:
     """Fills `codes` [M, F] and, if `scale` is None, `row_scale` [M] from gate_up [M, 2F], all contiguous.
 
@@ -304,26 +261,29 @@ def launch(
         return
     low, high = code_range(bits)
     dynamic = scale is None
-    constants = {"F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high}
+    constants = {
+        "F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
+        "IN_DTYPE": TRITON_TYPES[in_dtype or gate_up.dtype],
+    }  # fmt: skip
     if base is None:
         block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
-        pdl = tiling is not None and tiling.pdl
+        early = rows <= _FEW_ROWS and launches_early(gate_up.device)
         silu_quantize_kernel[(rows * triton.cdiv(features, block),)](
-            gate_up, scale, shift, codes, row_scale, **constants, BLOCK=block, PDL=pdl,
-            num_warps=4 if block <= 4096 else 16, **({"launch_pdl": True} if pdl else {}),
+            gate_up, in_scale, in_bias, scale, shift, codes, row_scale, **constants, BLOCK=block, EARLY=early,
+            num_warps=4 if block <= 4096 else 16, **launch_options(early),
         )  # fmt: skip
         return
     order = base.shape[0]
     tiling = tiling or choose_tiling(features, order, rows, dynamic)
-    programs = tiling.split * triton.cdiv(order * tiling.fold, tiling.block_out)
-    if tiling.stages > 1:
-        multiprocessors = torch.cuda.get_device_properties(gate_up.device).multi_processor_count
-        programs *= min(rows, multiprocessors)
-    else:
-        programs *= rows
+    tensors = (gate_up, in_scale, in_bias, base, scale, shift, codes, row_scale)
+    constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
+    if isinstance(tiling, RowsTiling):
+        launch_rows(tensors, tiling, constants)
+        return
+    programs = rows * tiling.split * triton.cdiv(order * tiling.fold, tiling.block_out)
+    early = tiling.early and launches_early(gate_up.device)
     silu_hadamard_kernel[(programs,)](
-        gate_up, base, scale, shift, codes, row_scale, rows, **constants,
-        BASE=order, FOLD=tiling.fold, T=tiling.t, L2=tiling.l2, SPLIT=tiling.split, GROUP=tiling.group,
-        BLOCK_OUT=tiling.block_out, BLOCK_K=tiling.block_k, BLOCK_L2=max(16, tiling.l2),
-        FLAT=has_hadamard_matrix(order), STAGES=tiling.stages, PDL=tiling.pdl, **tiling.options(),
+        *tensors, **constants, FOLD=tiling.fold, T=tiling.t, L2=tiling.l2, SPLIT=tiling.split, GROUP=tiling.group,
+        BLOCK_OUT=tiling.block_out, BLOCK_K=tiling.block_k, BLOCK_L2=max(16, tiling.l2), EARLY=early,
+        **tiling.options(), **launch_options(early),
     )  # fmt: skip

@@ -1,24 +1,41 @@
 """rope_store at the shapes of Llama-3-8B, of heads with norms (Qwen3), and of head dims with a base (80 = 20 * 4)."""
 
-from pq_ao.ops.kernels.rope_store import Tiling, choose_tiling, rope_store_kernel
+import triton.language as tl
+
+from pq_ao.ops.kernels.rope_rows import RowsTiling, rope_rows_kernel
+from pq_ao.ops.kernels.rope_store import choose_tiling, rope_store_kernel
 from tests.kernels.specimens import Specimen
 
-_SIZES = {"tokens": "i32", "length": "i32", "slots": "i32", "table_stride": "i32", "eps": "fp32"}
+_SIZES = {"tokens": "i32", "length": "i32", "slots": "i32", "table_rows": "i32", "eps": "fp32"}
 _STORED = {4: "*u8", 8: "*i8", 16: "*bf16"}
 
 
 def _specimen(
-    name: str, tiling: Tiling, head_dim: int = 128, order: int = 1, bits: int = 4, dynamic: bool = False,
-    norms: bool = False,
+    name: str, tokens: int, head_dim: int = 128, order: int = 1, bits: int = 4, dynamic: bool = False,
+    norms: bool = False, raw: bool = False, early: bool = False,
 ) -> Specimen:  # fmt: skip
+    """As the launcher would choose it for that many tokens."""
+    tiling = choose_tiling(tokens, 8, head_dim, order)
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     constants = {
-        "H": 32, "G": 8, "D": head_dim, "BASE": order, "FLAT": True, "BITS": bits, "DYNAMIC": dynamic, "LOW": low,
-        "HIGH": high, "BLOCK_T": tiling.block_t, "BLOCK_H": tiling.block_h, "BLOCK_D": 128 if head_dim > 128 else 64,
-        "PDL": tiling.pdl,
+        "H": 32, "G": 8, "D": head_dim, "BITS": bits, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
+        "BLOCK_H": tiling.block_h, "IN_DTYPE": tl.bfloat16,
     }  # fmt: skip
+    options = {"num_warps": tiling.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
+    if isinstance(tiling, RowsTiling):
+        kernel = rope_rows_kernel
+        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": 2, "STEPS": tiling.steps}
+        options["maxnreg"] = tiling.registers
+    else:
+        kernel = rope_store_kernel
+        constants |= {
+            "BASE": order, "FLAT": True, "BLOCK_T": tiling.block_t, "BLOCK_D": 128 if head_dim > 128 else 64,
+            "EARLY": early,
+        }  # fmt: skip
     types = {name: "*bf16" for name in ("qkv_ptr", "cos_ptr", "sin_ptr", "query_ptr")}
     types |= {"base_ptr": "*fp32", "keys_ptr": _STORED[bits], "values_ptr": _STORED[bits], "start_ptr": "*i64"}
+    if raw:
+        types |= {"qkv_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
     if norms:
         types |= {"query_norm_ptr": "*bf16", "key_norm_ptr": "*bf16"}
     if dynamic:
@@ -28,25 +45,27 @@ def _specimen(
         types |= {f"{kind}_ptr": "*fp32" for kind in kinds}
     aligned = tuple(types)
     types |= _SIZES
-    for argument in rope_store_kernel.arg_names:
+    for argument in kernel.arg_names:
         if argument not in types and argument not in constants:
             constants[argument] = None
-    options = {"num_warps": tiling.warps, "enable_fp_fusion": False}
-    if tiling.pdl:
-        options["launch_pdl"] = True
+    if kernel is rope_rows_kernel:
+        types.pop("base_ptr")
+        aligned = tuple(name for name in aligned if name != "base_ptr")
     return Specimen(
-        f"rope_store {name}", rope_store_kernel, types, constants, options,
-        minimum_arch=90 if tiling.pdl else 80, aligned=aligned,
+        f"rope_store {name}", kernel, types, constants, options, minimum_arch=90 if early else 80, aligned=aligned
     )  # fmt: skip
 
 
 SPECIMENS = [
-    _specimen("decode", choose_tiling(1, 8, 128)),
-    _specimen("decode, dependent launch", Tiling(2, 8, 4, pdl=True)),
-    _specimen("prefill", choose_tiling(8192, 8, 128)),
-    _specimen("prefill, 8 bits, dynamic, norms", choose_tiling(8192, 8, 128), bits=8, dynamic=True, norms=True),
-    _specimen("prefill, 16 bits", choose_tiling(8192, 8, 128), bits=16),
-    _specimen("80 wide", choose_tiling(8192, 8, 80), head_dim=80, order=20),
-    _specimen("256 wide", choose_tiling(8192, 8, 256), head_dim=256),
-    _specimen("no rotation", choose_tiling(8192, 8, 128), order=0),
+    _specimen("decode", 1),
+    _specimen("decode, early", 1, early=True),
+    _specimen("decode, accumulators", 1, raw=True),
+    _specimen("prefill", 8192),
+    _specimen("prefill, accumulators", 8192, raw=True),
+    _specimen("prefill, 8 bits, dynamic, norms", 8192, bits=8, dynamic=True, norms=True),
+    _specimen("prefill, 16 bits", 8192, bits=16),
+    _specimen("64 wide", 8192, head_dim=64),
+    _specimen("80 wide", 8192, head_dim=80, order=20),
+    _specimen("256 wide", 8192, head_dim=256),
+    _specimen("no rotation", 8192, order=0),
 ]

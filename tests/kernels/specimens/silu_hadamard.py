@@ -1,49 +1,70 @@
 """silu_hadamard at the widths of Llama-3-8B (28 * 512), Llama-2-7B (172 * 64) and of a power of two."""
 
-from dataclasses import replace
+import triton.language as tl
 
-from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling, silu_hadamard_kernel, silu_quantize_kernel
+from pq_ao.ops.kernels.silu_hadamard import choose_tiling, silu_hadamard_kernel, silu_quantize_kernel
+from pq_ao.ops.kernels.silu_rows import RowsTiling, silu_rows_kernel
 from tests.kernels.specimens import Specimen
 
+_NO_ACCUMULATORS = {"in_scale_ptr": None, "in_bias_ptr": None, "IN_DTYPE": tl.bfloat16}
 _TYPES = {"gate_up_ptr": "*bf16", "scale_ptr": "*fp32", "shift_ptr": "*fp32", "row_scale_ptr": "*fp32"}
 
 
 def _specimen(
-    name: str, features: int, order: int, tiling: Tiling, codes: str = "i8", dynamic: bool = False, flat: bool = True
-) -> Specimen:
-    types = _TYPES | {"codes_ptr": f"*{codes}", "base_ptr": "*fp32", "rows": "i32"}
+    name: str, features: int, order: int, rows: int, codes: str = "i8", dynamic: bool = False, flat: bool = True,
+    raw: bool = False, early: bool = False,
+) -> Specimen:  # fmt: skip
+    """As the launcher would choose it for that many rows."""
+    tiling = choose_tiling(features, order, rows, dynamic)
+    types = _TYPES | {"codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
     constants = {
-        "F": features, "BASE": order, "FOLD": tiling.fold, "T": tiling.t, "L2": tiling.l2, "SPLIT": tiling.split,
-        "GROUP": tiling.group, "BLOCK_OUT": tiling.block_out, "BLOCK_K": tiling.block_k,
-        "BLOCK_L2": max(16, tiling.l2), "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8, "HIGH": 7,
-        "STAGES": tiling.stages, "PDL": tiling.pdl,
+        "F": features, "BASE": order, "FOLD": tiling.fold, "T": tiling.t, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
+        "HIGH": 7, "IN_DTYPE": tl.bfloat16,
     }  # fmt: skip
+    if raw:
+        types |= {"gate_up_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
+    else:
+        constants |= _NO_ACCUMULATORS
     if dynamic:
         del types["shift_ptr"]
         constants["shift_ptr"] = None
+    aligned = tuple(types)
+    if isinstance(tiling, RowsTiling):
+        l2 = features // (order * tiling.fold * tiling.t)
+        constants |= {
+            "GROUP": tiling.warps, "BLOCK_K": tiling.block_k, "HELD": tiling.block_k * l2 // (32 * tiling.warps)
+        }  # fmt: skip
+        kernel, options = silu_rows_kernel, {"num_warps": tiling.warps, "maxnreg": tiling.registers}
+        types["rows"] = "i32"
+    else:
+        constants |= {
+            "L2": tiling.l2, "SPLIT": tiling.split, "GROUP": tiling.group, "BLOCK_OUT": tiling.block_out,
+            "BLOCK_K": tiling.block_k, "BLOCK_L2": max(16, tiling.l2), "EARLY": early,
+        }  # fmt: skip
+        kernel, options = silu_hadamard_kernel, tiling.options() | ({"launch_pdl": True} if early else {})
     return Specimen(
-        f"silu_hadamard {name}", silu_hadamard_kernel, types, constants, tiling.options(),
-        minimum_arch=90 if codes.startswith("fp8") or tiling.pdl else 80,
-        aligned=tuple(pointer for pointer in types if pointer.endswith("_ptr")),
+        f"silu_hadamard {name}", kernel, types, constants, options,
+        minimum_arch=90 if codes.startswith("fp8") or early else 80, aligned=aligned,
     )  # fmt: skip
 
 
-def _chosen(features: int, order: int, rows: int, dynamic: bool = False) -> Tiling:
-    return choose_tiling(features, order, rows, dynamic)
-
-
 SPECIMENS = [
-    _specimen("14336 decode", 14336, 28, _chosen(14336, 28, 1)),
-    _specimen("14336 decode, dependent launch", 14336, 28, replace(_chosen(14336, 28, 1), pdl=True)),
-    _specimen("14336 prefill, float8", 14336, 28, _chosen(14336, 28, 8192), codes="fp8e4nv"),
-    _specimen("14336 prefill, pipelined", 14336, 28, replace(_chosen(14336, 28, 8192), stages=2)),
-    _specimen("14336 dynamic", 14336, 28, _chosen(14336, 28, 8192, True), dynamic=True),
-    _specimen("11008 prefill", 11008, 172, _chosen(11008, 172, 8192)),
-    _specimen("8192 decode", 8192, 1, _chosen(8192, 1, 1)),
-    _specimen("18 with a DCT", 18, 9, _chosen(18, 9, 1), flat=False),
+    _specimen("14336 decode", 14336, 28, 1),
+    _specimen("14336 decode, early", 14336, 28, 1, early=True),
+    _specimen("14336 decode, accumulators", 14336, 28, 1, raw=True),
+    _specimen("14336 prefill", 14336, 28, 8192),
+    _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
+    _specimen("14336 prefill, accumulators", 14336, 28, 8192, raw=True),
+    _specimen("14336 prefill, dynamic", 14336, 28, 8192, dynamic=True),
+    _specimen("8192 prefill", 8192, 1, 8192),
+    _specimen("12288 prefill", 12288, 12, 8192),
+    _specimen("28672 prefill", 28672, 28, 8192),
+    _specimen("11008 prefill", 11008, 172, 8192),
+    _specimen("8192 decode", 8192, 1, 1),
+    _specimen("18 with a DCT", 18, 9, 1, flat=False),
     Specimen(
         "silu_quantize", silu_quantize_kernel, _TYPES | {"codes_ptr": "*i8"},
-        {"F": 14336, "BLOCK": 2048, "DYNAMIC": False, "LOW": -8, "HIGH": 7, "PDL": False}, {"num_warps": 4},
-        aligned=("gate_up_ptr", "codes_ptr"),
+        {"F": 14336, "BLOCK": 2048, "DYNAMIC": False, "LOW": -8, "HIGH": 7, "EARLY": False} | _NO_ACCUMULATORS,
+        {"num_warps": 4}, aligned=("gate_up_ptr", "codes_ptr"),
     ),
 ]  # fmt: skip

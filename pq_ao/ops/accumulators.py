@@ -1,0 +1,35 @@
+"""Input of an op that is a linear's raw accumulators, which the op scales itself: that saves a pass over them."""
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_accumulators(
+    op: str, x: Tensor, in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None
+) -> None:
+    """Raises unless in_scale, in_bias (float32, one an element of the last dim of x) and in_dtype fit x."""
+    if in_scale is None:
+        if in_bias is not None or in_dtype is not None:
+            raise ValueError(f"{op}: in_bias and in_dtype go with in_scale, which is None.")
+        return
+    if in_dtype not in _DTYPES:
+        raise TypeError(f"{op}: in_dtype={in_dtype}; with in_scale one of {_DTYPES} is required.")
+    if x.dtype != torch.float32:
+        raise TypeError(f"{op}: with in_scale accumulators are float32; they are {x.dtype}.")
+    for name, tensor in (("in_scale", in_scale), ("in_bias", in_bias)):
+        if tensor is not None and (tensor.shape != x.shape[-1:] or tensor.dtype != torch.float32):
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype} {list(tensor.shape)}; float32 {list(x.shape[-1:])} is required."
+            )
+
+
+def scaled(x: Tensor, in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None) -> Tensor:
+    """x * in_scale + in_bias, each rounded to float32, in in_dtype; x itself without in_scale."""
+    if in_scale is None:
+        return x
+    x = x * in_scale
+    if in_bias is not None:
+        x = x + in_bias
+    return x.to(in_dtype)

@@ -1,0 +1,30 @@
+"""Pieces that the kernels of pq_ao::rope_store share: the codes of a true division, and the dynamic scale."""
+
+import triton
+import triton.language as tl
+
+from pq_ao.ops.kernels.interpret import INTERPRETED, quantize, round_half_even
+from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
+from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE
+
+_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
+_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
+
+
+@triton.jit
+def dynamic_scale(absmax, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The scale of values up to absmax."""
+    scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
+    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
+
+
+@triton.jit
+def divide_and_round(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The codes of a true division, as whole floats, from one reciprocal a head: a division an element is slow."""
+    if INTERPRETED:  # its fma rounds twice
+        return quantize(x, scale, LOW, HIGH)
+    reciprocal = tl.div_rn(1.0, scale)
+    # off by an ulp at most, which the exact remainder mends (P. Markstein, IBM J. Res. Dev. 34, 1990)
+    quotient = tl.minimum(tl.maximum(x * reciprocal, LOW - 1.0), HIGH + 1.0)
+    quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
+    return round_half_even(tl.minimum(tl.maximum(quotient, LOW), HIGH))

@@ -1,0 +1,252 @@
+"""rope_store for many tokens and head dims that are powers of two: all in registers, none through shared memory.
+
+A head is held as D / 32 pieces of 32 elements, a thread having eight neighbours of each. RoPE, nibbles and the upper
+part of R3 go from piece to piece, that is, within a thread. The lower part is a product with a Walsh matrix of 32,
+whose rows and columns are in the order in which the tensor core finds and leaves the elements of a thread.
+
+A tensor is [4, 8, WARPS, REPEAT, 8]: lane, lane, warp, and what a thread holds; dims 1 to 3 are heads of tokens.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, small_walsh
+from pq_ao.ops.kernels.raw_input import load_input
+from pq_ao.ops.kernels.rope_parts import divide_and_round, dynamic_scale
+
+# the number whose last bits, once it is added, are a whole number: cheaper than a conversion
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _piece_places(PIECE: tl.constexpr, element: tl.constexpr):
+    """Offsets of a piece's elements in a head, [4, 1, 1, 1, parts, elements]: 16 bytes a thread and load at most."""
+    PART: tl.constexpr = 4 if element.primitive_bitwidth == 32 else 8
+    lane = tl.arange(0, 4)[:, None, None, None, None, None] * 8 + 32 * PIECE
+    return lane + tl.arange(0, 8 // PART)[None, None, None, None, :, None] * PART + tl.arange(0, PART)
+
+
+@triton.jit
+def _load_piece(
+    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, PIECE: tl.constexpr, IN_DTYPE: tl.constexpr,
+    element: tl.constexpr,
+):  # fmt: skip
+    """float32 piece of heads that begin at `columns` of `rows`; both [1, 8, WARPS, REPEAT, 1], as the mask."""
+    places = tl.expand_dims(columns, 5) + _piece_places(PIECE, element)
+    x = load_input(ptr + tl.expand_dims(rows, 5), places, tl.expand_dims(mask, 5), in_scale_ptr, in_bias_ptr, IN_DTYPE)
+    return tl.reshape(x, (4, 8, columns.shape[2], columns.shape[3], 8))
+
+
+@triton.jit
+def _load_head(
+    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, D: tl.constexpr, IN_DTYPE: tl.constexpr
+):  # fmt: skip
+    pieces = ()
+    for piece in tl.static_range(D // 32):
+        pieces = pieces + (
+            _load_piece(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, piece, IN_DTYPE, ptr.dtype.element_ty),
+        )
+    return pieces
+
+
+@triton.jit
+def _load_table(ptr, table, mask, PIECE: tl.constexpr):
+    return _load_piece(ptr, table, table * 0, mask, None, None, PIECE, tl.float32, ptr.dtype.element_ty)
+
+
+@triton.jit
+def _normalize(x, weight_ptr, eps, zero, D: tl.constexpr):
+    """RMSNorm of each head; rounded to the model's dtype before and after the gain, as Qwen3 does."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    squares = 0.0
+    for piece in tl.static_range(D // 32):
+        squares += tl.sum(tl.sum(x[piece] * x[piece], axis=4, keep_dims=True), axis=0, keep_dims=True)
+    factor = tl.rsqrt(squares * (1.0 / D) + eps)
+    done = ()
+    for piece in tl.static_range(D // 32):
+        weight = _load_table(weight_ptr, zero, zero == 0, piece)
+        y = (x[piece] * factor).to(dtype).to(tl.float32) * weight
+        done = done + (y.to(dtype).to(tl.float32),)
+    return done
+
+
+@triton.jit
+def _turn(x, cos_ptr, sin_ptr, table, mask, D: tl.constexpr):
+    """RoPE: pieces half a head apart."""
+    HALF: tl.constexpr = D // 64
+    first, second = (), ()
+    for piece in tl.static_range(HALF):
+        cos, sin = _load_table(cos_ptr, table, mask, piece), _load_table(sin_ptr, table, mask, piece)
+        first = first + (x[piece] * cos - x[piece + HALF] * sin,)
+        cos, sin = _load_table(cos_ptr, table, mask, piece + HALF), _load_table(sin_ptr, table, mask, piece + HALF)
+        second = second + (x[piece + HALF] * cos + x[piece] * sin,)
+    return first + second
+
+
+@triton.jit
+def _walsh(WARPS: tl.constexpr):
+    """[WARPS, 32, 32]: operand 8a + 2b + c of a product is element 8b + 2a + c of a piece, and so is a result."""
+    i = tl.arange(0, 32)
+    place = i // 2 % 4 * 8 + i // 8 * 2 + i % 2
+    return tl.broadcast_to(small_walsh(place[:, None], place[None, :])[None], (WARPS, 32, 32))
+
+
+@triton.jit
+def _hadamard(x, walsh, D: tl.constexpr):
+    """R3."""
+    WARPS: tl.constexpr = x[0].shape[2]
+    REPEAT: tl.constexpr = x[0].shape[3]
+    norm: tl.constexpr = D**-0.5
+    x = butterflies(x, 0, D // 32, 1)
+    done = ()
+    for piece in tl.static_range(D // 32):
+        y = tl.permute(tl.reshape(x[piece], (4, 8, WARPS, REPEAT, 4, 2)), (2, 3, 1, 4, 0, 5))
+        high, low = bf16_parts(tl.reshape(y, (WARPS, REPEAT * 8, 32)))
+        y = dot_bf16(high, walsh, dot_bf16(low, walsh, tl.zeros((WARPS, REPEAT * 8, 32), tl.float32)))
+        y = tl.permute(tl.reshape(y, (WARPS, REPEAT, 8, 4, 4, 2)), (4, 2, 0, 1, 3, 5))
+        done = done + (tl.reshape(y, (4, 8, WARPS, REPEAT, 8)) * norm,)
+    return done
+
+
+@triton.jit
+def _store_head(x, ptr, rows, mask, COUNT: tl.constexpr):
+    d = tl.arange(0, 4)[:, None, None, None, None] * 8 + tl.arange(0, 8)
+    for piece in tl.static_range(COUNT):
+        y = x[piece]
+        if ptr.dtype.element_ty.primitive_bitwidth == 8:
+            y = (y + _ROUNDER).to(tl.int32, bitcast=True)
+        tl.store(ptr + rows + 32 * piece + d, y.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store(
+    x, cache_ptr, token_scale_ptr, scale_ptr, shift_ptr, row, has_slot, head, is_head,
+    D: tl.constexpr, BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Quantizes heads and writes them at `row` [1, 8, WARPS, REPEAT, 1] of the cache."""
+    PIECES: tl.constexpr = D // 32
+    if BITS == 16:
+        _store_head(x, cache_ptr, row * D, has_slot, PIECES)
+    else:
+        if DYNAMIC:
+            absmax = tl.max(tl.max(tl.abs(x[0]), axis=4, keep_dims=True), axis=0, keep_dims=True)
+            for piece in tl.static_range(1, PIECES):
+                other = tl.max(tl.max(tl.abs(x[piece]), axis=4, keep_dims=True), axis=0, keep_dims=True)
+                absmax = tl.maximum(absmax, other)
+            scale = dynamic_scale(absmax, LOW, HIGH)
+            tl.store(token_scale_ptr + row, scale, mask=has_slot)
+        else:
+            scale = tl.load(scale_ptr + head, mask=is_head, other=1.0)
+        codes = ()
+        for piece in tl.static_range(PIECES):
+            y = x[piece]
+            if not DYNAMIC:
+                y -= _load_table(shift_ptr, head * D, is_head, piece)
+            codes = codes + (divide_and_round(y, scale, LOW, HIGH),)
+        if BITS == 8:
+            _store_head(codes, cache_ptr, row * D, has_slot, PIECES)
+        else:
+            packed = ()
+            for piece in tl.static_range(PIECES // 2):
+                packed = packed + ((codes[piece] - LOW) + 16.0 * (codes[piece + PIECES // 2] - LOW),)
+            _store_head(packed, cache_ptr, row * (D // 2), has_slot, PIECES // 2)
+
+
+@triton.jit(do_not_specialize=["tokens", "slots", "table_rows"], do_not_specialize_on_alignment=["length"])
+def rope_rows_kernel(
+    qkv_ptr, in_scale_ptr, in_bias_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, keys_ptr, values_ptr,
+    key_token_scale_ptr, value_token_scale_ptr, key_scale_ptr, value_scale_ptr, key_shift_ptr, value_shift_ptr,
+    start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr, IN_DTYPE: tl.constexpr,
+    BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """As rope_store_kernel, whose arguments these are. A program does STEPS times 8 * WARPS * REPEAT heads."""
+    BLOCK_T: tl.constexpr = 8 * WARPS * REPEAT // BLOCK_H
+    QUERY_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    KEY_BLOCKS: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    BLOCKS: tl.constexpr = QUERY_BLOCKS + 2 * KEY_BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    is_query, is_value = block < QUERY_BLOCKS, block >= QUERY_BLOCKS + KEY_BLOCKS
+    block = block - tl.where(is_query, 0, tl.where(is_value, QUERY_BLOCKS + KEY_BLOCKS, QUERY_BLOCKS))
+    lane = tl.arange(0, 8)[None, :, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None, None]
+    index = (tl.arange(0, REPEAT)[None, None, None, :, None] * WARPS + warp) * 8 + lane
+    head = block * BLOCK_H + index % BLOCK_H
+    is_head = head < tl.where(is_query, H, G)
+    column = (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D
+    zero = index * 0
+    walsh = _walsh(WARPS)
+    first = tl.program_id(0) // BLOCKS * STEPS
+    for step in tl.range(first, first + STEPS, num_stages=1):
+        token = step * BLOCK_T + index // BLOCK_H
+        is_token = token < tokens
+        mask = is_token & is_head
+        batch = token // length
+        place = token - batch * length
+        x = _load_head(
+            qkv_ptr, token.to(tl.int64) * ((H + 2 * G) * D), column, mask, in_scale_ptr, in_bias_ptr, D, IN_DTYPE
+        )
+        slot = tl.load(start_ptr) + place
+        row = (batch * G + head).to(tl.int64) * slots + slot
+        has_slot = mask & (slot >= 0) & (slot < slots)
+        if is_value:
+            _store(
+                x, values_ptr, value_token_scale_ptr, value_scale_ptr, value_shift_ptr, row, has_slot, head, is_head,
+                D, BITS, DYNAMIC, LOW, HIGH,
+            )  # fmt: skip
+        else:
+            if query_norm_ptr is not None:
+                if is_query:
+                    x = _normalize(x, query_norm_ptr, eps, zero, D)
+                else:
+                    x = _normalize(x, key_norm_ptr, eps, zero, D)
+            x = _turn(x, cos_ptr, sin_ptr, (batch * table_rows + place).to(tl.int64) * D, is_token, D)
+            if ROTATION:
+                x = _hadamard(x, walsh, D)
+            if is_query:
+                _store_head(x, query_ptr, (token.to(tl.int64) * H + head) * D, mask, D // 32)
+            else:
+                _store(
+                    x, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_shift_ptr, row, has_slot, head, is_head,
+                    D, BITS, DYNAMIC, LOW, HIGH,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowsTiling:
+    """Heads of a program: STEPS times 8 * warps * 2, block_h of a token."""
+
+    block_h: int
+    warps: int
+    steps: int
+    registers: int | None = None  # at most so many a thread
+
+
+_HEAD_DIMS = (64, 128)
+
+
+def choose_rows_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> RowsTiling | None:
+    """The tiling for many tokens; None for heads that this kernel does not take. `order`: of R3's base, 0 for no R3."""
+    if order > 1 or head_dim not in _HEAD_DIMS:
+        return None
+    block_h = min(8, triton.next_power_of_2(kv_heads))
+    # the Walsh matrix is made once for all steps, but a GPU should be full
+    return RowsTiling(block_h, 4, 4 if tokens >= 4096 else 1)
+
+
+def launch_rows(
+    tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...], tiling: RowsTiling, rotation: bool,
+    constants: dict[str, object],
+) -> None:  # fmt: skip
+    """Runs the kernel on its tensors and numbers."""
+    tokens, repeat = numbers[0], 2
+    blocks = triton.cdiv(constants["H"], tiling.block_h) + 2 * triton.cdiv(constants["G"], tiling.block_h)
+    block_t = 8 * tiling.warps * repeat * tiling.steps // tiling.block_h
+    rope_rows_kernel[(triton.cdiv(tokens, block_t) * blocks,)](
+        *tensors, *numbers, **constants, ROTATION=rotation, BLOCK_H=tiling.block_h, WARPS=tiling.warps,
+        REPEAT=repeat, STEPS=tiling.steps, num_warps=tiling.warps, maxnreg=tiling.registers, enable_fp_fusion=False,
+    )  # fmt: skip
