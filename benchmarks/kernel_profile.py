@@ -16,7 +16,8 @@ _REGION_PREFIXES = ("## ", "Torch-Compiled Region", "ProfilerStep")
 _INDUCTOR = re.compile(r"^triton_(poi|red|per|for|unk)_")
 _ATTENTION = re.compile(r"flash|fmha|attention|attend|sdpa|cudnn|decode_kernel|prefill|widen", re.IGNORECASE)
 _LINEAR = re.compile(
-    r"gemm|gemv|nvjet|cublas|cutlass|split_?k|xmma|_mm|mm_|linear|tile_kernel|matmul|unpack|int4|triton_tem", re.IGNORECASE
+    r"gemm|gemv|nvjet|cublas|cutlass|split_?k|xmma|_mm|mm_|linear|tile_kernel|matmul|unpack|int4|triton_tem",
+    re.IGNORECASE,
 )
 
 
