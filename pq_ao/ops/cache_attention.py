@@ -113,7 +113,9 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, prefix_key: Tensor, visi
         raise TypeError(
             f"keys, values: {keys.dtype} and {values.dtype}; both must be uint8 (packed INT4), int8 or floating point."
         )
-    width = (head_dim + 1) // 2 if keys.dtype == torch.uint8 else head_dim
+    if head_dim % 2:
+        raise ValueError(f"query: head dim {head_dim} is odd; an even one is required.")
+    width = head_dim // 2 if keys.dtype == torch.uint8 else head_dim
     if keys.shape[0] != batch or keys.shape[3] != width or values.shape != keys.shape or heads % keys.shape[1]:
         raise ValueError(
             f"keys, values: shapes {tuple(keys.shape)} and {tuple(values.shape)} do not fit a query of shape "

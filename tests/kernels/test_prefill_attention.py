@@ -8,7 +8,7 @@ from tests.ops.cache_attention_case import CacheCase, sqnr
 
 pytest.importorskip("triton")
 from pq_ao.ops.kernels.interpret import INTERPRETED  # noqa: E402
-from pq_ao.ops.kernels.prefill_attention import WIDEN_LIMIT, Tiles, choose_tiles, launch  # noqa: E402
+from pq_ao.ops.kernels.prefill_attention import Tiles, choose_tiles, launch  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -25,7 +25,6 @@ BF16_FLOOR_DB = 45.0  # probabilities in bfloat16 where the cache holds bfloat16
 FORMS = [("packed", "static"), ("packed", "per-token"), ("int8", "static"), ("int8", "per-token"), ("float16", None)]
 WAYS = {
     "widened before": Tiles(rows=32, slots=16, warps=4, stages=2, widen_first=True),
-    "running ahead": Tiles(rows=32, slots=16, warps=4, stages=2, widen_first=True, ahead=True),
     "widened by tiles": Tiles(rows=32, slots=16, warps=4, stages=2, widen_first=False),
 }
 
@@ -55,7 +54,7 @@ def test_prefix(prefix, tiles):
 
 
 @pytest.mark.parametrize("stored", ["packed", "int8"])
-@pytest.mark.parametrize("heads, groups, head_dim", [(6, 2, 15), (4, 4, 24), (3, 1, 6), (8, 1, 80)])
+@pytest.mark.parametrize("heads, groups, head_dim", [(6, 2, 30), (4, 4, 24), (3, 1, 6), (8, 1, 80)])
 def test_shapes(stored, heads, groups, head_dim, tiles):
     case = CacheCase(
         stored, heads=heads, groups=groups, head_dim=head_dim, queries=19, start=5, slots=24, device=DEVICE
@@ -101,10 +100,8 @@ def test_quantized_output(bits, encoding, tiles):
 def test_chosen_tiles_spare_memory():
     assert choose_tiles(8192, 256, 1 << 20, 232448).widen_first
     assert not choose_tiles(8192, 256, 1 << 34, 232448).widen_first
-    assert choose_tiles(8192, 256, 1 << 20, 232448).ahead and not choose_tiles(8192, 256, 0, 232448).ahead
-    assert choose_tiles(8192, 256, 0, 232448).stages == 3
-    assert choose_tiles(8192, 256, 0, 101376).stages == 2
-    assert choose_tiles(8, 1024, 0, 50000).rows == 32
+    assert choose_tiles(8192, 256, 0, 232448)[:4] == (128, 64, 8, 3)
+    assert choose_tiles(8192, 256, 0, 101376)[:4] == (128, 64, 8, 2)
     check(CacheCase(queries=20, start=4, slots=24, device=DEVICE), None)
 
 
@@ -119,8 +116,8 @@ class TestGpu:
             stored, scales=scales, batch=batch, heads=32, groups=8, head_dim=128, slots=1024, queries=queries,
             start=start, dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
-        widened_bytes = 1 if widen_first else WIDEN_LIMIT + 1
-        check(case, choose_tiles(max(257, queries * 4), 256, widened_bytes, 232448))
+        chosen = choose_tiles(queries * 4, 256, 0, 232448)
+        check(case, chosen._replace(widen_first=widen_first))
 
     def test_same_bits_on_every_run_and_in_a_graph(self):
         case = CacheCase(batch=2, heads=32, groups=8, head_dim=128, slots=1024, queries=200, start=100, device="cuda")

@@ -6,8 +6,8 @@ from transformers.activations import ACT2FN
 
 from pq_ao import prefixquant_config
 from pq_ao.hadamard import hadamard_base, hadamard_transform
-from pq_ao.quantizers import ActivationQuantizer
 from pq_ao.ops import hadamard, silu_hadamard
+from pq_ao.quantizers import ActivationQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,7 +2,7 @@
 
 A program owns a block of rows (query x query head of one KV head) and walks the prefix, then the slots that its
 queries see. Codes are widened to fp16, which holds them exactly, either tile by tile here or in a pass before
-(`widen_cache`); scales act on scores and results. So prefill sees the very numbers that decode will see.
+(`widen_kernel`); scales act on scores and results. So prefill sees the very numbers that decode will see.
 
 Shape suffixes: M rows, S slots of a tile, P prefix tokens of a tile, N words of a plane, D head dim (padded).
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 from pq_ao.ops.kernels.interpret import quantize
 from pq_ao.ops.kernels.stored import LOG2E, last_dim_dense, stored_as, stored_as_bytes
 from pq_ao.ops.kernels.widen import operand_type, plane, plane_column
-from pq_ao.ops.kernels.widen_cache import widen_cache
 from pq_ao.ops.quantize import code_range
 
 # as in decode_attention: hidden scores lie far below the lowest maximum
@@ -38,7 +37,7 @@ class Tiles(NamedTuple):
         warps: of a program.
         stages: tiles in flight.
         widen_first: codes become fp16 in a pass before; otherwise tile by tile.
-        ahead: the next tile's scores are computed beside this one's softmax.
+        mask_all: one loop that masks every tile; otherwise one without masks and one for the diagonal.
     """
 
     rows: int
@@ -46,14 +45,11 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     widen_first: bool
-    ahead: bool = False
+    mask_all: bool = False
 
 
-# Rows, slots, warps, stages, ahead. Best first; the first that fits into shared memory is taken.
-_TILES = ((128, 64, 8, 3, True), (128, 64, 8, 2, False), (64, 64, 4, 2, False), (64, 32, 4, 2, False))
-_SMALLEST_TILES = (32, 16, 4, 1, False)
-# codes widened tile by tile fill the time between matrix steps themselves: fewer and larger steps
-_TILES_OF_CODES = ((64, 128, 4, 2, False), *_TILES[1:])
+# Best first; the first that fits into shared memory is taken.
+_TILES = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 4, 1))
 
 
 def choose_tiles(rows: int, row_bytes: int, widened_bytes: int, shared_bytes: int) -> Tiles:
@@ -66,43 +62,60 @@ def choose_tiles(rows: int, row_bytes: int, widened_bytes: int, shared_bytes: in
         shared_bytes: of a block's shared memory.
     """
 
-    def fits(tile_rows: int, slots: int, warps: int, stages: int, ahead: bool) -> bool:
+    def fits(tile_rows: int, slots: int, warps: int, stages: int) -> bool:
         return row_bytes * (tile_rows + 2 * slots * stages) <= shared_bytes and (tile_rows <= 64 or rows > 64)
 
+    chosen = next((tiles for tiles in _TILES if fits(*tiles)), _TILES[-1])
     # a pass of its own pays where many blocks of rows read what it wrote
-    widen_first = widened_bytes <= WIDEN_LIMIT and rows > 256
-    tiles = _TILES if widen_first or widened_bytes == 0 else _TILES_OF_CODES
-    *cut, ahead = next((each for each in tiles if fits(*each)), _SMALLEST_TILES)
-    # queries that need no conversion stay in shared memory, and matrix steps from there do not run ahead
-    return Tiles(*cut, widen_first=widen_first, ahead=ahead and widened_bytes > 0)
+    return Tiles(*chosen, widen_first=widened_bytes <= WIDEN_LIMIT and rows > 256)
 
 
 @triton.jit
-def _scores(
-    queries, keys_ptr, first, slots, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, OPERAND: tl.constexpr,
+def widen_kernel(
+    keys_ptr, values_ptr, wide_keys_ptr, wide_values_ptr, start_ptr, slots, queries,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile of slots; whatever in those that nothing was written to."""
-    slot = first + tl.arange(0, TILE)
-    word = tl.arange(0, WORDS_PADDED)
-    is_stored_SN = (slot < slots)[:, None] & (word < WORDS)[None, :]
-    key_SN = tl.load(keys_ptr + slot[:, None] * WORDS + word[None, :], mask=is_stored_SN, other=0)
-    score_MS = tl.zeros([ROWS, TILE], tl.float32)
-    for p in tl.static_range(PLANES):
-        score_MS = tl.dot(queries[p], tl.trans(plane(key_SN, p, PLANES, BITS).to(OPERAND)), acc=score_MS)
-    return score_MS
+    """Codes of all slots in use to fp16: bytes [B, G, S, WORDS] to [B, G, S, D]."""
+    length = tl.load(start_ptr).to(tl.int32) + queries
+    tiles = tl.cdiv(slots, TILE)
+    owner = (tl.program_id(0) // tiles).to(tl.int64)
+    first = (tl.program_id(0) % tiles) * TILE
+    if first < length:
+        slot = first + tl.arange(0, TILE)
+        byte = tl.arange(0, WORDS_PADDED)
+        is_stored = (slot < slots)[:, None] & (byte < WORDS)[None, :]
+        source = owner * slots * WORDS + (slot[:, None] * WORDS + byte[None, :])
+        key_SN = tl.load(keys_ptr + source, mask=is_stored, other=0)
+        value_SN = tl.load(values_ptr + source, mask=is_stored, other=0)
+        for p in tl.static_range(PLANES):
+            column = plane_column(byte, p, PLANES, BITS, (HEAD_DIM + 1) // 2)[None, :]
+            target = owner * slots * HEAD_DIM + (slot[:, None] * HEAD_DIM + column)
+            is_code = is_stored & (column < HEAD_DIM)
+            tl.store(wide_keys_ptr + target, plane(key_SN, p, PLANES, BITS), mask=is_code)
+            tl.store(wide_values_ptr + target, plane(value_SN, p, PLANES, BITS), mask=is_code)
 
 
 @triton.jit
 def _tile(
-    accs, m_M, l_M, score_MS, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first, length, last_slot_M,
-    score_gain, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr, BITS: tl.constexpr,
-    PER_TOKEN: tl.constexpr, TILE: tl.constexpr, OPERAND: tl.constexpr, MASKED: tl.constexpr,
+    acc_MD, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first, length, slots,
+    last_slot_M, score_gain, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
+    BITS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    OPERAND: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots into the running softmax. Without MASKED every row sees every slot of it."""
     slot = first + tl.arange(0, TILE)
     word = tl.arange(0, WORDS_PADDED)
+    offset_SN = slot[:, None] * WORDS + word[None, :]
     is_slot = slot < length
+    if MASKED or WORDS != WORDS_PADDED:
+        is_stored_SN = is_slot[:, None] & (word < WORDS)[None, :]
+        key_SN = tl.load(keys_ptr + offset_SN, mask=is_stored_SN, other=0)
+    else:
+        key_SN = tl.load(keys_ptr + offset_SN)
+    score_MS = tl.zeros([ROWS, TILE], tl.float32)
+    for p in tl.static_range(PLANES):
+        score_MS = tl.dot(queries[p], tl.trans(plane(key_SN, p, PLANES, BITS).to(OPERAND)), acc=score_MS)
     if PER_TOKEN:
         score_MS *= tl.load(key_scale_ptr + slot, mask=is_slot, other=1.0)[None, :]
     if MASKED:
@@ -117,14 +130,13 @@ def _tile(
     if PER_TOKEN:
         share_MS *= (tl.load(value_scale_ptr + slot, mask=is_slot, other=0.0) * _VALUE_GAIN)[None, :]
     share_MS = share_MS.to(OPERAND)
-    offset_SN = slot[:, None] * WORDS + word[None, :]
     if MASKED or WORDS != WORDS_PADDED:
         value_SN = tl.load(values_ptr + offset_SN, mask=is_slot[:, None] & (word < WORDS)[None, :], other=0)
     else:
         value_SN = tl.load(values_ptr + offset_SN)
     new_accs = ()
     for p in tl.static_range(PLANES):
-        acc_MN = accs[p] * decay_M[:, None]
+        acc_MN = acc_MD[p] * decay_M[:, None]
         new_accs += (tl.dot(share_MS, plane(value_SN, p, PLANES, BITS).to(OPERAND), acc=acc_MN),)
     return new_accs, new_m_M, l_M
 
@@ -137,7 +149,7 @@ def prefill_kernel(
     HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
     PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASK_ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -222,10 +234,9 @@ def prefill_kernel(
                 prefix_accs += (tl.dot(share_MP, value_PN.to(OPERAND), acc=accs[p] * decay_M[:, None]),)
             accs = prefix_accs
         # from here on results count in codes
-        codes_per_unit = 1.0 / value_gain
         code_accs = ()
         for p in tl.static_range(PLANES):
-            code_accs += (accs[p] * codes_per_unit,)
+            code_accs += (accs[p] / value_gain,)
         accs = code_accs
 
     keys_ptr += owner.to(tl.int64) * slots * WORDS
@@ -237,47 +248,20 @@ def prefill_kernel(
         visible_ptr += batch.to(tl.int64) * visible_stride
     length = start + tl.minimum((block * ROWS + ROWS - 1) // REPEAT + 1, num_queries)
     # tiles that the block's first query sees whole need no mask
-    plain = 0 if visible_ptr is not None else (start + block * ROWS // REPEAT + 1) // TILE * TILE
-    if AHEAD:
-        score_MS = _scores(queries, keys_ptr, 0, slots, PLANES, WORDS, WORDS_PADDED, BITS, ROWS, TILE, OPERAND)
-        if visible_ptr is None:
-            for first_slot in tl.range(0, plain, TILE, num_stages=STAGES):
-                # the tensor core has the next tile's scores to work on while this tile's softmax is taken
-                next_MS = _scores(
-                    queries, keys_ptr, first_slot + TILE, slots, PLANES, WORDS, WORDS_PADDED, BITS, ROWS, TILE, OPERAND
-                )
-                accs, m_M, l_M = _tile(
-                    accs, m_M, l_M, score_MS, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
-                    length, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, PER_TOKEN, TILE, OPERAND, False,
-                )  # fmt: skip
-                score_MS = next_MS
-        for first_slot in tl.range(plain, length, TILE, num_stages=STAGES):
-            next_MS = _scores(
-                queries, keys_ptr, first_slot + TILE, slots, PLANES, WORDS, WORDS_PADDED, BITS, ROWS, TILE, OPERAND
-            )
+    plain = 0 if visible_ptr is not None or MASK_ALL else (start + block * ROWS // REPEAT + 1) // TILE * TILE
+    if visible_ptr is None and not MASK_ALL:
+        for first_slot in tl.range(0, plain, TILE, num_stages=STAGES):
             accs, m_M, l_M = _tile(
-                accs, m_M, l_M, score_MS, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot, length,
-                last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, PER_TOKEN, TILE, OPERAND, True,
+                accs, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
+                length, slots, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, HEAD_DIM, PER_TOKEN, ROWS,
+                TILE, OPERAND, False,
             )  # fmt: skip
-            score_MS = next_MS
-    else:
-        if visible_ptr is None:
-            for first_slot in tl.range(0, plain, TILE, num_stages=STAGES):
-                score_MS = _scores(
-                    queries, keys_ptr, first_slot, slots, PLANES, WORDS, WORDS_PADDED, BITS, ROWS, TILE, OPERAND
-                )
-                accs, m_M, l_M = _tile(
-                    accs, m_M, l_M, score_MS, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
-                    length, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, PER_TOKEN, TILE, OPERAND, False,
-                )  # fmt: skip
-        for first_slot in tl.range(plain, length, TILE, num_stages=STAGES):
-            score_MS = _scores(
-                queries, keys_ptr, first_slot, slots, PLANES, WORDS, WORDS_PADDED, BITS, ROWS, TILE, OPERAND
-            )
-            accs, m_M, l_M = _tile(
-                accs, m_M, l_M, score_MS, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot, length,
-                last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, PER_TOKEN, TILE, OPERAND, True,
-            )  # fmt: skip
+    for first_slot in tl.range(plain, length, TILE, num_stages=STAGES):
+        accs, m_M, l_M = _tile(
+            accs, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
+            length, slots, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, HEAD_DIM, PER_TOKEN, ROWS,
+            TILE, OPERAND, True,
+        )  # fmt: skip
 
     gain_M = value_gain / tl.where(l_M > 0, l_M, 1.0)  # zeros where nothing is seen
     out_ptr += batch.to(tl.int64) * num_queries * (HEADS * HEAD_DIM)
@@ -295,6 +279,19 @@ def prefill_kernel(
             out_MN = quantize(out_MN, tl.load(out_scale_ptr), LOW, HIGH)
         out_offset_MN = query[:, None] * (HEADS * HEAD_DIM) + cell_MN
         tl.store(out_ptr + out_offset_MN, out_MN.to(out_ptr.dtype.element_ty), mask=is_cell_MN)
+
+
+def _widen(keys: Tensor, values: Tensor, start: Tensor, queries: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """fp16 codes [B, G, S, D] of both; slots that no query sees are left unwritten."""
+    batch, groups, slots, _ = keys.shape
+    stored = stored_as_bytes(keys)
+    wide = [torch.empty(batch, groups, slots, head_dim, dtype=torch.float16, device=keys.device) for _ in range(2)]
+    tile = 64
+    widen_kernel[(batch * groups * triton.cdiv(slots, tile),)](
+        stored.view(keys), stored.view(values), *wide, start, slots, queries, BITS=stored.bits, PLANES=stored.planes,
+        WORDS=stored.words, WORDS_PADDED=stored.words_padded, HEAD_DIM=head_dim, TILE=tile, num_warps=4,
+    )  # fmt: skip
+    return wide[0], wide[1]
 
 
 def launch(
@@ -333,7 +330,7 @@ def launch(
         widened_bytes = 0 if stored.bits == 16 else 4 * batch * groups * slots * head_dim
         tiles = choose_tiles(queries * repeat, row_bytes, widened_bytes, _shared_bytes(query.device))
     if stored.bits < 16 and tiles.widen_first:
-        keys, values = widen_cache(keys, values, start, queries, head_dim)
+        keys, values = _widen(keys, values, start, queries, head_dim)
         stored = stored_as(keys, head_dim)
     elif stored.bits < 16:
         stored = stored_as_bytes(keys)  # planes of bytes make longer matrix steps than planes of words
@@ -351,7 +348,7 @@ def launch(
         HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, BITS=stored.bits, PLANES=stored.planes, WORDS=stored.words,
         WORDS_PADDED=stored.words_padded, PER_TOKEN=key_scale is not None and key_scale.ndim == 3,
         PREFIX_TILE=16 if prefix_len else 0, LOW=low, HIGH=high, ROWS=tiles.rows, TILE=tiles.slots,
-        STAGES=tiles.stages, AHEAD=tiles.ahead, PDL=pdl, num_warps=tiles.warps, **options,
+        STAGES=tiles.stages, MASK_ALL=tiles.mask_all, PDL=pdl, num_warps=tiles.warps, **options,
     )  # fmt: skip
     return out
 

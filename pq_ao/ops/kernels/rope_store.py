@@ -210,6 +210,7 @@ class Tiling:
 
 
 _FEW_TOKENS = 64
+_EARLY_TOKENS = 8  # with more, waiting inside takes longer than being launched later
 
 
 def choose_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> Tiling | RowsTiling:
@@ -220,7 +221,7 @@ def choose_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> Tili
             return tiling
     block_h = min(8, triton.next_power_of_2(kv_heads))
     if tokens <= _FEW_TOKENS:
-        return Tiling(16 // block_h, block_h, 4, early=True)
+        return Tiling(16 // block_h, block_h, 4, early=tokens <= _EARLY_TOKENS)
     rows = 64 if head_dim <= 128 else 32
     return Tiling(rows // block_h, block_h, 4)
 

@@ -176,6 +176,8 @@ def silu_quantize_kernel(
     tl.store(codes_ptr + row * F + columns, codes, mask=mask)
 
 
+_EARLY_ROWS = 8
+_WHOLE_ROWS = 96  # beyond, a program does whole rows
 _FEW_ROWS = 256  # up to here rows are cut between programs, for there are not enough of them to fill a GPU
 _LARGEST_TILE = 32768  # float32 values that a program of 16 warps keeps in registers
 _LARGEST_BLOCK_OUT = 256
@@ -208,7 +210,7 @@ class Tiling:
 
 def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> Tiling | RowsTiling:
     """The tiling for `rows` rows of F = features, rotated with a base of this order."""
-    if rows > _FEW_ROWS:
+    if rows > _WHOLE_ROWS:
         tiling = choose_rows_tiling(features, base_order)
         if tiling is not None:
             return tiling
@@ -235,8 +237,8 @@ def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> T
     warps = 4 if values <= 8192 else 8 if values <= 16384 else 16
     # 128 registers: two programs of 8 warps on a multiprocessor
     registers = 128 if warps == 8 and split == 1 and not dynamic else None
-    few = rows <= _FEW_ROWS
-    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers, early=few)
+    early = rows <= _EARLY_ROWS  # with more, waiting inside takes longer than being launched later
+    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers, early=early)
 
 
 def launch(
@@ -267,7 +269,7 @@ def launch(
     }  # fmt: skip
     if base is None:
         block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
-        early = rows <= _FEW_ROWS and launches_early(gate_up.device)
+        early = rows <= _EARLY_ROWS and launches_early(gate_up.device)
         silu_quantize_kernel[(rows * triton.cdiv(features, block),)](
             gate_up, in_scale, in_bias, scale, shift, codes, row_scale, **constants, BLOCK=block, EARLY=early,
             num_warps=4 if block <= 4096 else 16, **launch_options(early),

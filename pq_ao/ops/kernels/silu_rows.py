@@ -9,13 +9,13 @@ neighbours, so that shift and codes are read and written as they lie too.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, hadamard_entry, join, small_walsh
 from pq_ao.ops.kernels.silu_parts import scale_of_row, silu_times, to_codes
+from pq_ao.ops.kernels.workspace import multiprocessors
 
 
 @triton.jit
@@ -151,7 +151,7 @@ class RowsTiling:
     block_k: int
     warps: int
     registers: int | None = 128  # at most so many a thread
-    programs: int | None = None  # a multiprocessor, which then do all rows; None for a program a row
+    programs: int = 4  # a multiprocessor, which do all rows
 
 
 _VALUES = 64  # float32 that a thread holds of a row
@@ -174,10 +174,7 @@ def choose_rows_tiling(features: int, base_order: int) -> RowsTiling | None:
 def launch_rows(tensors: tuple[Tensor | None, ...], tiling: RowsTiling, constants: dict[str, object]) -> None:
     """Runs the kernel on its tensors (the last two being codes and row scales)."""
     rows, features = tensors[-2].shape
-    programs = rows
-    if tiling.programs is not None:
-        device = torch.cuda.get_device_properties(tensors[0].device)
-        programs = min(rows, tiling.programs * device.multi_processor_count)
+    programs = min(rows, tiling.programs * multiprocessors(tensors[0].device))
     l2 = features // (constants["BASE"] * tiling.fold * tiling.t)
     silu_rows_kernel[(programs,)](
         *tensors, rows, **constants, FOLD=tiling.fold, T=tiling.t, GROUP=min(tiling.warps, tiling.t),

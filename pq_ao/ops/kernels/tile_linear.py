@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.asm import widen_bytes
-from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.workspace import COUNTERS, counters
 
 
@@ -71,10 +70,8 @@ def tile_kernel(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y = x w^T for int8 x [M, K] and w [N, bytes]; RAW stores int32 sums, else scaled and biased."""
-    wait(EARLY)
     # tokens change fastest, so that a tile of weights is read again while it is in the cache
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
@@ -145,7 +142,7 @@ _WIDE = {tokens: TileConfig(128, tokens, 128, 1, 8, 4) for tokens in _NARROW}
 _LARGE = {
     TileConfig(64, 64, 128, 1, 4, 4): 10.9,
     TileConfig(128, 64, 128, 1, 8, 3): 16.3,
-    TileConfig(128, 128, 64, 1, 8, 5): 27.9,
+    TileConfig(128, 128, 64, 1, 8, 4): 27.9,
 }
 
 _MAX_SPLIT = 16
@@ -203,7 +200,6 @@ def tile_linear(
         size = tiles * config.split * config.outputs * config.tokens
         partial = torch.empty(size, dtype=torch.int32, device=x.device)
     even = row_bytes % config.depth == 0 and inner == row_bytes * (2 if packed else 1)
-    early = launches_early(x.device)
     tile_kernel[(tiles * config.split,)](
         x,
         x_scale,
@@ -227,10 +223,8 @@ def tile_linear(
         TOKENS=config.tokens,
         DEPTH=config.depth,
         SPLIT=config.split,
-        EARLY=early,
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # each operation of the epilogue rounds by itself, as PyTorch's do
-        **launch_options(early),
     )
     return y

@@ -1,4 +1,4 @@
-"""Counters of the kernels that split their work and let the last arriver reduce it."""
+"""What launchers need of a device: its size, and counters for kernels that let the last program reduce."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,11 @@ from torch import Tensor
 COUNTERS = 1 << 16
 
 _counters: dict[torch.device, Tensor] = {}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def counters(device: torch.device) -> Tensor:

@@ -1,8 +1,7 @@
 """Attention kernels at the shape of Llama-3-8B, and one head that does not fill words."""
 
 from pq_ao.ops.kernels.decode_attention import decode_kernel
-from pq_ao.ops.kernels.prefill_attention import prefill_kernel
-from pq_ao.ops.kernels.widen_cache import widen_kernel
+from pq_ao.ops.kernels.prefill_attention import prefill_kernel, widen_kernel
 from tests.kernels.specimens import Specimen
 
 _SCALES = {"key_scale_ptr": "*fp32", "value_scale_ptr": "*fp32"}
@@ -37,17 +36,17 @@ def _specimen(name, kernel, types, constants, stored, *, out="i8", heads=32, rep
     return Specimen(name, kernel, types, constants, {"num_warps": warps}, aligned=aligned, **more)
 
 
-def _decode(name, types, stored, *, slots_first=True, tile=32, warps=4, pdl=False, queries=1, codes=False, **more):
+def _decode(name, types, stored, *, slots_first=True, tile=32, warps=4, pdl=False, queries=1, **more):
     constants = {
-        "QUERIES": queries, "PREFIX_TILE": 16 if codes else 4, "PARTS_PADDED": 64, "WARPS": warps, "TILE": tile,
-        "SLOTS_FIRST": slots_first, "EVEN": True, "PREFIX_APART": True, "CODES": codes, "PDL": pdl,
+        "QUERIES": queries, "PREFIX_TILE": 4, "PARTS_PADDED": 64, "WARPS": warps, "TILE": tile,
+        "SLOTS_FIRST": slots_first, "EVEN": True, "PDL": pdl,
     }  # fmt: skip
     constants |= more.pop("constants", {})
     return _specimen(f"decode_attention/{name}", decode_kernel, _DECODE | types, constants, stored, warps=warps, **more)
 
 
 def _prefill(name, types, stored, *, rows=128, tile=64, warps=8, **more):
-    constants = {"PREFIX_TILE": 16, "ROWS": rows, "TILE": tile, "AHEAD": False} | more.pop("constants", {})
+    constants = {"PREFIX_TILE": 16, "ROWS": rows, "TILE": tile, "MASK_ALL": False} | more.pop("constants", {})
     return _specimen(
         f"prefill_attention/{name}", prefill_kernel, _PREFILL | types, constants, stored, warps=warps, **more
     )
@@ -56,22 +55,17 @@ def _prefill(name, types, stored, *, rows=128, tile=64, warps=8, **more):
 _INT4, _INT4_BYTES = _stored("i32", 4, 8, 16), _stored("u8", 4, 2, 64)
 _INT8, _BF16, _WIDENED = _stored("i32", 8, 4, 32), _stored("bf16", 16, 1, 128), _stored("fp16", 16, 1, 128)
 _STATIC = _SCALES | _SHIFTS | _OUTPUT
-_WARP = {"codes": True, "warps": 1, "tile": 64}
 
 SPECIMENS = [
-    _decode("int4", _STATIC, _INT4, **_WARP),
-    _decode("int4 whole", _STATIC, _INT4, **_WARP, constants={"PARTS_PADDED": 1, "PREFIX_APART": False}),
-    _decode("int4 launched early", _STATIC, _INT4, **_WARP, pdl=True, minimum_arch=90),
-    _decode(
-        "int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4, out="fp32", **_WARP, constants={"PER_TOKEN": True}
-    ),
-    _decode("int4 two queries", _STATIC, _INT4, queries=2, out="fp8e4nv", **_WARP, minimum_arch=90),
-    _decode("int4 four queries", _STATIC, _INT4, queries=4, slots_first=False),
-    _decode("int4 by warps", _STATIC, _INT4),
-    _decode("int8", _STATIC, _INT8, **_WARP),
+    _decode("int4", _STATIC, _INT4),
+    _decode("int4 rows first", _STATIC, _INT4, slots_first=False),
+    _decode("int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4, out="fp32", constants={"PER_TOKEN": True}),
+    _decode("int4 two queries", _STATIC, _INT4, queries=2, warps=1, tile=64, out="fp8e4nv", minimum_arch=90),
+    _decode("int4 launched early", _STATIC, _INT4, pdl=True, minimum_arch=90),
+    _decode("int8", _STATIC, _INT8),
     _decode("bfloat16", {}, _BF16, slots_first=False, tile=16, out="fp32"),
     _decode("int4 of 30", _STATIC, _stored("u8", 4, 2, 15), head_dim=30, tile=16),
-    _prefill("widened before", _STATIC, _WIDENED, constants={"BITS": 16, "AHEAD": True}),
+    _prefill("widened before", _STATIC, _WIDENED, constants={"BITS": 16}),
     _prefill("int4", _STATIC, _INT4_BYTES),
     _prefill(
         "int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4_BYTES, out="fp32", constants={"PER_TOKEN": True}

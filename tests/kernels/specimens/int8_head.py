@@ -5,7 +5,7 @@ from pq_ao.ops.kernels.tile_linear import tile_kernel
 from tests.kernels.specimens import Specimen
 
 _NONE = {"x_scale_ptr": None, "w_scale_ptr": None, "bias_ptr": None, "PACKED": False, "PER_ROW": False}
-_NONE |= {"HAS_BIAS": False, "RAW": True, "EARLY": False}
+_NONE |= {"HAS_BIAS": False, "RAW": True}
 _SIZES = {"rows": "i32", "outs": "i32", "inner": "i32", "row_bytes": "i32", "token_tiles": "i32"}
 
 SPECIMENS = [
@@ -13,7 +13,7 @@ SPECIMENS = [
         "int8 head gemv",
         gemv_kernel,
         {"x_ptr": "*i32", "w_ptr": "*i32", "y_ptr": "*i32", "outs": "i32"},
-        _NONE | {"ROWS": 2, "ROW_WORDS": 1024, "OUTPUTS": 8, "WORDS": 512, "AHEAD": 4},
+        _NONE | {"ROWS": 2, "ROW_WORDS": 1024, "OUTPUTS": 8, "WORDS": 512, "AHEAD": 4, "EARLY": False},
         {"num_warps": 4, "enable_fp_fusion": False},
         aligned=("x_ptr", "w_ptr", "y_ptr", "outs"),
     ),

@@ -31,7 +31,7 @@ def _gemv(name: str, rows: int, outs: int, inner: int, packed: bool = True, earl
 
 
 def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True) -> Specimen:
-    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even, "EARLY": False}
+    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even}
     constants |= {"OUTPUTS": config.outputs, "TOKENS": config.tokens, "DEPTH": config.depth, "SPLIT": config.split}
     sizes = ("rows", "inner", "row_bytes", "token_tiles")
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8" if packed else "*i8", "partial_ptr": "*i32", "counter_ptr": "*i32"}
