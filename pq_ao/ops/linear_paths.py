@@ -11,7 +11,7 @@ Capability = tuple[int, int]
 # Upper bounds on tokens, measured on an H200 with the layers of Llama-3-8B and its INT8 head.
 _DP4A_TOKENS = {4: 4, 8: 8}  # by bits of weights; above, integer units and not memory bound dp4a
 # measured to here: tiles as fast as a pass that unpacks to float8, and faster than unpacking for PyTorch's int8 product
-_TILE_TOKENS = 2048
+_TILE_TOKENS = 1024
 # more does dp4a not take at all
 _DP4A_LIMIT = 8
 

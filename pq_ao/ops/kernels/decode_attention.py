@@ -25,6 +25,8 @@ from pq_ao.ops.quantize import code_range
 # Columns of the tensor core's smallest tile. (With 16, results were wrong on an H200 with Triton 3.6.)
 MAX_ROWS = 8
 
+_RESIDENT = 9  # programs that shared memory has room for on a multiprocessor
+
 MAX_SPLITS = 63  # the last program to arrive reads them all, and the part of the prefix
 
 # Probabilities times scales of values go through fp16: 64 keeps a scale of 1e-4 a normal number.
@@ -57,11 +59,10 @@ def choose_tiles(kv_heads: int, slots: int, bits: int, processors: int) -> Tiles
         # floats need no widening, which is what slots as rows make cheap, and move better along their rows
         wanted = min(triton.cdiv(processors, kv_heads), triton.cdiv(slots, 64), 16)
         return Tiles(warps=2, slots=32, stages=3, splits=wanted, slots_first=False)
-    # programs of one warp, as many as stay resident at once, of at least four tiles each; at most 32 a head, for
-    # the last to arrive reads what all the others found
-    wanted = min(triton.cdiv(6 * processors, kv_heads), triton.cdiv(slots, 64), 32)
-    if kv_heads >= 4 * processors:
-        wanted = 1
+    # programs of one warp, no more than are resident at once, that of the prefix included; where many heads keep the
+    # GPU busy a program gets some tiles, or its beginning and end would be most of it
+    tiles = triton.cdiv(slots, 64)
+    wanted = min(_RESIDENT * processors // kv_heads - 1, tiles // 5 if kv_heads > 16 else tiles, 32)
     return Tiles(warps=1, slots=64, stages=3, splits=max(1, wanted))
 
 
