@@ -210,3 +210,15 @@ def test_live_bytes_leaves_out_tensors_without_bytes():
     meta = torch.zeros(1000, device="meta")
     assert fake.device.type == "cpu" and meta.numel() == 1000
     assert (pq_ao.live_bytes() - before).total() == 0
+
+
+def test_explain_says_which_kernels_serve_how_many_tokens(calibrated, monkeypatch):
+    model, config = calibrated()
+    assert "kernels: none yet" in explain(model)
+    quantize_(model, config)
+    assert "int_mm" in explain(model) and "dp4a" not in explain(model)
+    monkeypatch.setattr("pq_ao.explanation.capability_of", lambda device: (9, 0))
+    text = explain(model)
+    spans = next(line for line in text.splitlines() if line.startswith("kernels by tokens"))
+    assert "1 to 4 dp4a, 5 to 1024 tile, 1025 and more e4m3" in spans and f"{WIDTH} x {MLP}" in spans
+    assert "  e4m3: " in text and "int_mm" not in text

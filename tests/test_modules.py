@@ -1,5 +1,7 @@
 """Paths of a calibrated block: integers against the reference, and compiled against eager."""
 
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -102,3 +104,21 @@ def test_reference_path_returns_to_what_it_was(make_tiny, tiny_tokenizer, englis
     assert model.model.layers[0].mlp.down_proj.path is Path.FLOAT
     with pytest.raises(ValueError, match="pq_ao.calibrate"), pq_ao.reference_path(make_tiny("llama")):
         pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_a_gpu_does_with_many_tokens_gives_the_same(make_tiny, tiny_tokenizer, english, monkeypatch, family):
+    """Codes as float8, sums left to the ops behind: the GPU's way, on the reference implementations of its ops."""
+    config = pq_ao.prefixquant_config()
+    model = _calibrated(make_tiny(family), tiny_tokenizer, english, config)
+    quantize_(model, config)
+    ids = torch.randint(3, 300, (3, 400), generator=torch.Generator().manual_seed(5))
+    expected = model(ids, use_cache=False).logits
+    products = []
+    scaled_mm = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: products.append(0) or scaled_mm(*args, **kw))
+    for module in ("pq_ao.quantizers", "pq_ao.ops.int_linear"):
+        monkeypatch.setattr(sys.modules[module], "capability_of", lambda device: (9, 0))
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert len(products) == 4 * model.config.num_hidden_layers

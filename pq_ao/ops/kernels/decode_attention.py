@@ -219,11 +219,8 @@ def decode_kernel(
     BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
     PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, PARTS_PADDED: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    SLOTS_FIRST: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    SLOTS_FIRST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = HEADS // REPEAT
     ROWS: tl.constexpr = QUERIES * REPEAT
     ROWS_PADDED: tl.constexpr = triton.next_power_of_2(ROWS)
@@ -293,13 +290,11 @@ def launch(
     bits: int,
     encoding: torch.dtype,
     tiles: Tiles | None = None,
-    pdl: bool = False,
 ) -> Tensor:
     """`pq_ao::cache_attention` for at most `MAX_ROWS` query heads x queries a KV head; arguments as there.
 
     Args:
         tiles: how to cut the work; chosen by shape when None.
-        pdl: programmatic dependent launch (compute capability 9.0 and newer).
 
     Raises:
         ValueError: too many rows for one tile.
@@ -334,9 +329,7 @@ def launch(
         device=query.device,
     )
     low, high = code_range(bits)
-    options = {"launch_pdl": True} if pdl else {}
-    if tiles.registers is not None:
-        options["maxnreg"] = tiles.registers
+    options = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     decode_kernel[(batch * groups * parts,)](
         query, stored.view(keys), stored.view(values), key_scale, value_scale, key_shift, value_shift,
         prefix_key.contiguous(), prefix_value.contiguous(), start, visible, out_scale, out_shift, out, scratch,
@@ -346,7 +339,7 @@ def launch(
         WORDS=stored.words, WORDS_PADDED=stored.words_padded, PER_TOKEN=key_scale is not None and key_scale.ndim == 3,
         PREFIX_TILE=min(triton.next_power_of_2(prefix_len), 4) if prefix_len else 0, PARTS_PADDED=parts_padded,
         LOW=low, HIGH=high, WARPS=tiles.warps, TILE=tiles.slots, STAGES=tiles.stages, SLOTS_FIRST=tiles.slots_first,
-        EVEN=slots % (tiles.warps * tiles.slots) == 0, PDL=pdl,
+        EVEN=slots % (tiles.warps * tiles.slots) == 0,
         num_warps=tiles.warps, **options,
     )  # fmt: skip
     return out

@@ -37,7 +37,6 @@ class Tiles(NamedTuple):
         warps: of a program.
         stages: tiles in flight.
         widen_first: codes become fp16 in a pass before; otherwise tile by tile.
-        mask_all: one loop that masks every tile; otherwise one without masks and one for the diagonal.
     """
 
     rows: int
@@ -45,7 +44,6 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     widen_first: bool
-    mask_all: bool = False
 
 
 # Best first; the first that fits into shared memory is taken.
@@ -149,11 +147,8 @@ def prefill_kernel(
     HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
     PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASK_ALL: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = HEADS // REPEAT
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     OPERAND: tl.constexpr = operand_type(keys_ptr.dtype.element_ty, BITS)
@@ -248,8 +243,8 @@ def prefill_kernel(
         visible_ptr += batch.to(tl.int64) * visible_stride
     length = start + tl.minimum((block * ROWS + ROWS - 1) // REPEAT + 1, num_queries)
     # tiles that the block's first query sees whole need no mask
-    plain = 0 if visible_ptr is not None or MASK_ALL else (start + block * ROWS // REPEAT + 1) // TILE * TILE
-    if visible_ptr is None and not MASK_ALL:
+    plain = 0 if visible_ptr is not None else (start + block * ROWS // REPEAT + 1) // TILE * TILE
+    if visible_ptr is None:
         for first_slot in tl.range(0, plain, TILE, num_stages=STAGES):
             accs, m_M, l_M = _tile(
                 accs, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
@@ -312,13 +307,11 @@ def launch(
     bits: int,
     encoding: torch.dtype,
     tiles: Tiles | None = None,
-    pdl: bool = False,
 ) -> Tensor:
     """`pq_ao::cache_attention` for any number of queries; arguments as there.
 
     Args:
         tiles: how to cut the work; chosen by shape when None.
-        pdl: programmatic dependent launch (compute capability 9.0 and newer).
     """
     batch, queries, heads, head_dim = query.shape
     groups, slots = keys.shape[1:3]
@@ -339,7 +332,6 @@ def launch(
     )
     prefix_len = prefix_key.shape[1]
     low, high = code_range(bits)
-    options = {"launch_pdl": True} if pdl else {}
     prefill_kernel[(triton.cdiv(queries * repeat, tiles.rows) * batch * groups,)](
         query, stored.view(keys), stored.view(values), key_scale, value_scale, key_shift, value_shift,
         prefix_key.contiguous(), prefix_value.contiguous(), start, visible, out_scale, out_shift, out,
@@ -348,7 +340,7 @@ def launch(
         HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, BITS=stored.bits, PLANES=stored.planes, WORDS=stored.words,
         WORDS_PADDED=stored.words_padded, PER_TOKEN=key_scale is not None and key_scale.ndim == 3,
         PREFIX_TILE=16 if prefix_len else 0, LOW=low, HIGH=high, ROWS=tiles.rows, TILE=tiles.slots,
-        STAGES=tiles.stages, MASK_ALL=tiles.mask_all, PDL=pdl, num_warps=tiles.warps, **options,
+        STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 

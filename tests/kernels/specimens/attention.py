@@ -28,7 +28,7 @@ def _specimen(name, kernel, types, constants, stored, *, out="i8", heads=32, rep
     constants = {
         **{pointer: None for pointer in _POINTERS if pointer not in types},
         **{"HEADS": heads, "REPEAT": repeat, "HEAD_DIM": head_dim, "PER_TOKEN": False, "LOW": -8, "HIGH": 7},
-        **{"PDL": False, "STAGES": 3},
+        **{"STAGES": 3},
         **stored_constants,
         **constants,
     }
@@ -36,17 +36,17 @@ def _specimen(name, kernel, types, constants, stored, *, out="i8", heads=32, rep
     return Specimen(name, kernel, types, constants, {"num_warps": warps}, aligned=aligned, **more)
 
 
-def _decode(name, types, stored, *, slots_first=True, tile=32, warps=4, pdl=False, queries=1, **more):
+def _decode(name, types, stored, *, slots_first=True, tile=32, warps=4, queries=1, **more):
     constants = {
         "QUERIES": queries, "PREFIX_TILE": 4, "PARTS_PADDED": 64, "WARPS": warps, "TILE": tile,
-        "SLOTS_FIRST": slots_first, "EVEN": True, "PDL": pdl,
+        "SLOTS_FIRST": slots_first, "EVEN": True,
     }  # fmt: skip
     constants |= more.pop("constants", {})
     return _specimen(f"decode_attention/{name}", decode_kernel, _DECODE | types, constants, stored, warps=warps, **more)
 
 
 def _prefill(name, types, stored, *, rows=128, tile=64, warps=8, **more):
-    constants = {"PREFIX_TILE": 16, "ROWS": rows, "TILE": tile, "MASK_ALL": False} | more.pop("constants", {})
+    constants = {"PREFIX_TILE": 16, "ROWS": rows, "TILE": tile} | more.pop("constants", {})
     return _specimen(
         f"prefill_attention/{name}", prefill_kernel, _PREFILL | types, constants, stored, warps=warps, **more
     )
@@ -57,11 +57,11 @@ _INT8, _BF16, _WIDENED = _stored("i32", 8, 4, 32), _stored("bf16", 16, 1, 128), 
 _STATIC = _SCALES | _SHIFTS | _OUTPUT
 
 SPECIMENS = [
-    _decode("int4", _STATIC, _INT4),
+    _decode("int4", _STATIC, _INT4, warps=1, tile=64),
+    _decode("int4 by four warps", _STATIC, _INT4),
     _decode("int4 rows first", _STATIC, _INT4, slots_first=False),
     _decode("int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4, out="fp32", constants={"PER_TOKEN": True}),
     _decode("int4 two queries", _STATIC, _INT4, queries=2, warps=1, tile=64, out="fp8e4nv", minimum_arch=90),
-    _decode("int4 launched early", _STATIC, _INT4, pdl=True, minimum_arch=90),
     _decode("int8", _STATIC, _INT8),
     _decode("bfloat16", {}, _BF16, slots_first=False, tile=16, out="fp32"),
     _decode("int4 of 30", _STATIC, _stored("u8", 4, 2, 15), head_dim=30, tile=16),
