@@ -10,7 +10,7 @@ Capability = tuple[int, int]
 
 # Upper bounds on tokens, measured on an H200 with the layers of Llama-3-8B and its INT8 head.
 _DP4A_TOKENS = {4: 4, 8: 8}  # by bits of weights; above, integer units and not memory bound dp4a
-# measured to here: tiles as fast as a pass that unpacks to float8, and faster than unpacking for PyTorch's int8 product
+# A pass that unpacks to float8 pays beyond: in a whole prefill of 2,048 tokens it was 10 % faster than tiles.
 _TILE_TOKENS = 1024
 # more does dp4a not take at all
 _DP4A_LIMIT = 8
