@@ -115,4 +115,21 @@ def _(func, types, args, kwargs):
     return args[0]._apply_fn_to_data(lambda t: func(t, **kwargs))
 
 
+@implements(aten.copy_.default)
+def _(func, types, args, kwargs):
+    target, source = args[:2]
+    for tensor in (target, source):
+        if not isinstance(tensor, PackedWeight):
+            raise TypeError(
+                f"copy_: a {type(tensor).__name__} and a PackedWeight cannot be copied into one another; "
+                "use from_codes(...) or dequantize()."
+            )
+    kinds = [(tuple(tensor.shape), tensor.bits, tensor.hp_dtype) for tensor in (target, source)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"copy_: the weights differ in shape, bits or dtype: {kinds[0]} and {kinds[1]}.")
+    target.qdata.copy_(source.qdata)
+    target.scale.copy_(source.scale)
+    return target
+
+
 torch.serialization.add_safe_globals([PackedWeight, QuantizedActivation])

@@ -226,14 +226,20 @@ class TestRefused:
             lambda w: torch.cat((w, w)),
             lambda w: F.embedding(torch.tensor([1]), w),
             lambda w: w.zero_(),
-            lambda w: w.copy_(torch.zeros(7, 9)),
         ],
     )
     def test_what_is_not_supported_raises_and_changes_nothing(self, operation):
         weight = make_weight()
-        with pytest.raises((NotImplementedError, ValueError, TypeError, AttributeError)):
+        with pytest.raises(NotImplementedError, match="PackedWeight"):
             operation(weight)
         assert same(weight, make_weight())
+
+    def test_plain_tensors_are_not_copied_in_or_out(self):
+        weight, plain = make_weight(), torch.zeros(7, 9)
+        for copy in (lambda: weight.copy_(plain), lambda: plain.copy_(weight)):
+            with pytest.raises(TypeError, match="copy_: a Tensor and a PackedWeight"):
+                copy()
+        assert same(weight, make_weight()) and not plain.any()
 
 
 class TestStateDict:

@@ -118,15 +118,18 @@ class TestRefused:
             lambda x: torch.cat((x, x)),
             lambda x: F.silu(x),
             lambda x: F.layer_norm(x, (8,)),
-            lambda x: F.linear(x, torch.ones(3, 8)),
             lambda x: x.zero_(),
         ],
     )
     def test_any_other_operation_raises(self, activation, operation):
         before = activation.dequantize()
-        with pytest.raises((NotImplementedError, TypeError)):
+        with pytest.raises(NotImplementedError, match="QuantizedActivation"):
             operation(activation)
         assert torch.equal(activation.dequantize(), before)
+
+    def test_linear_with_a_plain_weight_raises(self, activation):
+        with pytest.raises(TypeError, match="a weight of type Tensor; a PackedWeight takes a QuantizedActivation"):
+            F.linear(activation, torch.ones(3, 8))
 
     @pytest.mark.parametrize(
         "convert, dtype",
