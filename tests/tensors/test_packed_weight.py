@@ -236,9 +236,9 @@ class TestRefused:
 
     def test_plain_tensors_are_not_copied_in_or_out(self):
         weight, plain = make_weight(), torch.zeros(7, 9)
-        for copy in (lambda: weight.copy_(plain), lambda: plain.copy_(weight)):
+        for attempt in (lambda: weight.copy_(plain), lambda: plain.copy_(weight)):
             with pytest.raises(TypeError, match="copy_: a Tensor and a PackedWeight"):
-                copy()
+                attempt()
         assert same(weight, make_weight()) and not plain.any()
 
 
