@@ -65,7 +65,7 @@ def silu_hadamard(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
         base = hadamard_base(width).to(device)
         inputs = [bf16((rows, 2 * width), device) for _ in range(rotation(4 * rows * width, device))]
         scale, shift = torch.full((1,), SCALE, device=device), random((width,), torch.float32, device)
-        launches = [lambda x=x: silu_hadamard_op(x, base, scale, shift, 4, torch.int8) for x in inputs]
+        launches = [lambda x=x: silu_hadamard_op(x, base, scale, None, shift, 4, torch.int8) for x in inputs]
 
         def plain(x: Tensor) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
@@ -100,8 +100,8 @@ def rope_store(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
 
         def ours(qkv: Tensor) -> Tensor:
             return rope_store_op(
-                qkv, cos, sin, base, None, None, 0.0, keys, values, None, None, scale, scale, shift, shift, start,
-                heads, 4,
+                qkv, cos, sin, base, None, None, 0.0, keys, values, None, None, scale, scale, None, None, shift, shift,
+                start, heads, 4,
             )  # fmt: skip
 
         def plain(qkv: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.ops import dequantize, prefix_attention
+from pq_ao.ops.attention import attend_plainly
 
 ATTENTION_NAME = "prefixquant"
 
@@ -89,7 +90,7 @@ def attend(
     Args:
         module: a `PrefixAttention`.
         query: [B, H, L, D].
-        key, value: [B, G, L, D], int8 codes with scales, or floats without.
+        key, value: [B, G, L, D], int8 codes (shift off) with scales, or floats without.
         key_scale, value_scale: float32 [G] (static) or [B, G, L] (dynamic), or None.
         mask: None (causal), bool [B, S] (causal, and False is padding) or bool [B, 1, L, S].
         cache: a `PrefixStaticCache`, a stock cache of transformers, or None.
@@ -98,6 +99,7 @@ def attend(
         float32 [B, L, H, D].
     """
     start: Tensor | int = 0
+    without_shift = key_scale is not None  # as codes are, and what a stock cache keeps of them
     if cache is not None:
         index = module.layer_idx
         held = cache.get_seq_length(index)
@@ -116,10 +118,11 @@ def attend(
             key, value = cache.update(key, value, index)
     mask = _dense_mask(mask, start, query.shape[2], key.shape[2], query.device)
     prefix_k, prefix_v, value_shift = module.prefix_k, module.prefix_v, None
-    if module.kv.value_shift is not None and not key.is_floating_point():
+    if without_shift:
         value_shift = module.kv.value_shift
         prefix_k, prefix_v = prefix_k - module.kv.key_shift, prefix_v - value_shift
-    out_BLHD = prefix_attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
+    attention = attend_plainly if query.requires_grad else prefix_attention
+    out_BLHD = attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
     if value_shift is None:
         return out_BLHD
     return out_BLHD + value_shift.squeeze(1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)

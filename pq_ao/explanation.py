@@ -57,10 +57,12 @@ class MemoryReport:
 
     Attributes:
         linear_bytes: the linears of the decoder blocks: weights (codes and scales once quantized), biases, and the
-            static scales and shifts of their inputs. Before `quantize_` floating-point weight and codes are both held.
+            shifts and static scales or clip factors of their inputs. Before `quantize_` floating-point weight and
+            codes are both held.
         linear_bf16_bytes: the same weights in bfloat16.
         kept_bytes: embedding and head.
-        kv_bytes: what the cache holds, the prefix's keys and values, static scales and shifts; None without a cache.
+        kv_bytes: what the cache holds, the prefix's keys and values, the shifts of all others and their static scales
+            or clip factors; None without a cache.
         kv_bf16_bytes: keys and values of a StaticCache in bfloat16, same batch and length; None without a cache.
     """
 
@@ -184,18 +186,16 @@ def _bytes(tensor: Tensor | None) -> int:
 
 def _linear_bytes(linear: CalibratedLinear) -> int:
     site = linear.quantizers[0]
-    static = () if site.dynamic else (site.scale, site.shift)
-    return sum(map(_bytes, (linear.weight, linear.bias, linear.packed, linear.packed_bias, *static)))
+    weight = (linear.weight, linear.bias, linear.packed, linear.packed_bias)
+    return sum(map(_bytes, (*weight, site.scale, site.clip, site.shift)))
 
 
 def _prefix_bytes(attention: PrefixAttention) -> int:
-    kv = attention.kv
-    static = () if kv.dynamic or kv.bits == 16 else (kv.key_scale, kv.value_scale, kv.key_shift, kv.value_shift)
-    return sum(map(_bytes, (attention.prefix_k, attention.prefix_v, *static)))
+    return sum(map(_bytes, (attention.prefix_k, attention.prefix_v, *attention.kv.buffers())))
 
 
 def _scale_text(site: ActivationQuantizer) -> str:
-    return "per token" if site.dynamic else f"{site.scale.item():.5g}"
+    return f"per token, clip {site.clip.item():.3g}" if site.dynamic else f"{site.scale.item():.5g}"
 
 
 def _linear_table(linears: list[tuple[str, CalibratedLinear]]) -> str:
@@ -263,8 +263,8 @@ def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str
     if first.kv.bits == 16:
         scheme = f"kept in {_name(first.fixed_dtype)}"
     else:
-        scales = "one scale a token and head" if first.kv.dynamic else "one static scale a head, one shift a channel"
-        scheme = f"{first.kv.bits} bits, {scales}, path {first.kv.path.value}"
+        scales = "one scale a token and head" if first.kv.dynamic else "one static scale a head"
+        scheme = f"{first.kv.bits} bits, {scales}, one shift a channel, path {first.kv.path.value}"
     rotation = "R1 and R2 in the weights, R3 and R4 online" if linear.config.rotation else "none"
     prefix = sum(_bytes(attention.prefix_k) + _bytes(attention.prefix_v) for attention in attentions)
     return "\n".join(

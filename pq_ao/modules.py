@@ -130,22 +130,22 @@ class PrefixAttention(FixedDtype):
         qkv, unscaled = self.qkv_proj.unscaled(hidden_states)
         kv, site, (batch, length) = self.kv, self.o_in, qkv.shape[:2]
         if layer is None:
-            slots = KVSlots.for_one_call(kv, batch, self.kv_heads, length, self.head_dim, self.fixed_dtype)
+            slots = KVSlots.for_one_call(kv, batch, self.kv_heads, length, self.head_dim, self.fixed_dtype, qkv.device)
         else:
             layer.check(batch, length)
             slots = KVSlots(layer.keys, layer.values, layer.key_scale, layer.value_scale, layer.cumulative_length)
-        static = kv.static()
         norms = (None, None, 0.0)
         if self.query_norm is not None:
             norms = (self.query_norm.weight, self.key_norm.weight, self.query_norm.variance_epsilon)
         query = rope_store(
-            qkv, *position_embeddings, self.head_base, *norms, *slots[:4], *static, slots.start, self.query_heads,
-            kv.bits, *unscaled,
+            qkv, *position_embeddings, self.head_base, *norms, *slots[:4], kv.key_scale, kv.value_scale, kv.key_clip,
+            kv.value_clip, kv.key_shift, kv.value_shift, slots.start, self.query_heads, kv.bits, *unscaled,
         )  # fmt: skip
-        scales = static[:2] if slots.key_scale is None else (slots.key_scale, slots.value_scale)
+        scales = (slots.key_scale, slots.value_scale) if kv.dynamic else (kv.key_scale, kv.value_scale)
         out = cache_attention(
-            query, slots.keys, slots.values, *scales, *static[2:], self.prefix_k, self.prefix_v, slots.start, visible,
-            self.scaling, None if site.dynamic else site.scale, site.shift, site.bits, site.encoding(batch * length),
+            query, slots.keys, slots.values, *scales, kv.key_shift, kv.value_shift, self.prefix_k, self.prefix_v,
+            slots.start, visible, self.scaling, site.scale, None if site.dynamic else site.shift, site.bits,
+            site.encoding(batch * length),
         )  # fmt: skip
         if layer is not None:
             layer.advance(length)
@@ -182,9 +182,10 @@ class PrefixMLP(FixedDtype):
         if site.path is Path.INTEGER and self.is_silu:
             gate_up, unscaled = self.gate_up_proj.unscaled(hidden_states)
             encoding = site.encoding(gate_up.numel() // gate_up.shape[-1])
-            scale = None if site.dynamic else site.scale
-            codes, row_scale = silu_hadamard(gate_up, self.down_base, scale, site.shift, site.bits, encoding, *unscaled)
-            h = QuantizedActivation(codes, row_scale if site.dynamic else scale, self.fixed_dtype)
+            codes, row_scale = silu_hadamard(
+                gate_up, self.down_base, site.scale, site.clip, site.shift, site.bits, encoding, *unscaled
+            )
+            h = QuantizedActivation(codes, row_scale if site.dynamic else site.scale, self.fixed_dtype)
             return self.down_proj(h)
         gate, up = self.gate_up_proj(hidden_states).float().chunk(2, dim=-1)
         h = self.act_fn(gate) * up

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pq_ao.config import PrefixQuantConfig
-from pq_ao.ops import dequantize, quantize, quantize_per_row
+from pq_ao.fake_quantize import fake_quantize
+from pq_ao.ops import quantize, quantize_per_row
 from pq_ao.ops.linear_paths import capability_of, encoding
+from pq_ao.ops.quantize import row_scale
 from pq_ao.tensors import QuantizedActivation
 
 
@@ -49,12 +51,13 @@ class FixedDtype(nn.Module):
 class ActivationQuantizer(FixedDtype):
     """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
 
-    In static mode the mean of each channel is taken off before quantizing; what it contributes to the linear is
-    constant, and stands in the bias. So the codes spend their range on what changes from token to token.
+    The mean of each channel is taken off before quantizing; what it contributes to the linear is constant, and stands
+    in the bias. So the codes spend their range on what changes from token to token.
 
     Attributes:
-        scale: float32 (1,), static scale; unused in dynamic mode.
-        shift: float32 [K], static mean of each channel; None in dynamic mode.
+        scale: float32 (1,) in static mode, else None.
+        clip: float32 (1,) in dynamic mode, the factor on each token's absmax; else None.
+        shift: float32 [K], static mean of each channel; zeros until calibration sets it.
         path: see `Path`.
         observer: called with the float32 tensor before it is quantized; calibration sets it.
     """
@@ -65,18 +68,20 @@ class ActivationQuantizer(FixedDtype):
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
         self.observer: Callable[[Tensor], None] | None = None
-        self.register_buffer("scale", torch.ones(1, device=device))
-        self.register_buffer("shift", None if self.dynamic else torch.zeros(width, device=device))
+        self.register_buffer("scale", None if self.dynamic else torch.ones(1, device=device))
+        self.register_buffer("clip", torch.ones(1, device=device) if self.dynamic else None)
+        self.register_buffer("shift", torch.zeros(width, device=device))
 
     def encoding(self, tokens: int) -> torch.dtype:
         """dtype of the codes that the linear behind reads best for so many tokens."""
-        return encoding(tokens, self.bits, self.weight_bits, capability_of(self.scale.device))
+        return encoding(tokens, self.bits, self.weight_bits, capability_of(self.shift.device))
 
     def codes(self, x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
         """Codes of x - shift, and their scale (1,) or [..., 1]."""
+        x = x.float() - self.shift
         if self.dynamic:
-            return quantize_per_row(x, self.bits, dtype)
-        return quantize(x.float() - self.shift, self.scale, self.bits, dtype), self.scale
+            return quantize_per_row(x, self.clip, self.bits, dtype)
+        return quantize(x, self.scale, self.bits, dtype), self.scale
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
@@ -86,20 +91,24 @@ class ActivationQuantizer(FixedDtype):
             return x.to(dtype)
         if self.path is Path.INTEGER:
             return QuantizedActivation(*self.codes(x, self.encoding(x.numel() // x.shape[-1])), dtype)
-        restored = dequantize(*self.codes(x))
-        return restored if self.shift is None else restored + self.shift
+        x = x.float() - self.shift
+        scale = row_scale(x, self.clip, self.bits) if self.dynamic else self.scale
+        return fake_quantize(x, scale, self.bits) + self.shift
 
 
 class KVQuantizer(FixedDtype):
     """Keys and values, per KV head: static scales, or one scale for each token and head in dynamic mode.
 
-    In static mode the mean of each channel is taken off first, and attention makes up for it exactly: one vector off
-    all keys, the prefix's too, leaves the softmax as it is; one vector off all values comes out of attention
-    unchanged, for probabilities add up to 1.
+    The mean of each channel is taken off first, and attention makes up for it exactly: one vector off all keys, the
+    prefix's too, leaves the softmax as it is; one vector off all values comes out of attention unchanged, for
+    probabilities add up to 1.
+
+    At 16 bits all of the tensors are None.
 
     Attributes:
-        key_scale, value_scale: float32 [G]; unused in dynamic mode and at 16 bits.
-        key_shift, value_shift: float32 [G, 1, D], static means; None in dynamic mode and at 16 bits.
+        key_scale, value_scale: float32 [G] in static mode, else None.
+        key_clip, value_clip: float32 [G] in dynamic mode, factors on each token's absmax; else None.
+        key_shift, value_shift: float32 [G, 1, D], static means; zeros until calibration sets them.
         path: see `Path`; at 16 bits it stays FLOAT.
     """
 
@@ -108,23 +117,25 @@ class KVQuantizer(FixedDtype):
         self.bits = config.kv_bits
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
-        shifted = not self.dynamic and self.bits < 16
+        quantized = self.bits < 16
         for name in ("key", "value"):
-            self.register_buffer(f"{name}_scale", torch.ones(kv_heads, device=device))
-            shift = torch.zeros(kv_heads, 1, head_dim, device=device) if shifted else None
+            for kind, used in (("scale", not self.dynamic), ("clip", self.dynamic)):
+                factor = torch.ones(kv_heads, device=device) if quantized and used else None
+                self.register_buffer(f"{name}_{kind}", factor)
+            shift = torch.zeros(kv_heads, 1, head_dim, device=device) if quantized else None
             self.register_buffer(f"{name}_shift", shift)
 
-    def static(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Key scale, value scale, key shift, value shift of static mode; Nones otherwise."""
-        if self.key_shift is None:
-            return (None,) * 4
-        return self.key_scale, self.value_scale, self.key_shift, self.value_shift
-
-    def _codes(self, x_BGLD: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _codes(self, x_BGLD: Tensor, scale: Tensor | None, clip: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
+        x_BGLD = x_BGLD.float() - shift
         if self.dynamic:
-            codes, scale = quantize_per_row(x_BGLD, self.bits)
+            codes, scale = quantize_per_row(x_BGLD, clip.view(-1, 1, 1), self.bits)
             return codes, scale.squeeze(-1)
-        return quantize(x_BGLD.float() - shift, scale.view(-1, 1, 1), self.bits), scale
+        return quantize(x_BGLD, scale.view(-1, 1, 1), self.bits), scale
+
+    def _restored(self, x_BGLD: Tensor, scale: Tensor | None, clip: Tensor | None, shift: Tensor) -> Tensor:
+        x_BGLD = x_BGLD.float() - shift
+        scale = row_scale(x_BGLD, clip.view(-1, 1, 1), self.bits) if self.dynamic else scale.view(-1, 1, 1)
+        return fake_quantize(x_BGLD, scale, self.bits) + shift
 
     def forward(
         self, key_BGLD: Tensor, value_BGLD: Tensor, dtype: torch.dtype
@@ -132,15 +143,13 @@ class KVQuantizer(FixedDtype):
         """Keys, values and their scales: floats and None, or int8 codes (shift off) and scales [G] or [B, G, L]."""
         if self.path is Path.FLOAT or self.bits == 16:
             return key_BGLD.to(dtype), value_BGLD.to(dtype), None, None
-        key, key_scale = self._codes(key_BGLD, self.key_scale, self.key_shift)
-        value, value_scale = self._codes(value_BGLD, self.value_scale, self.value_shift)
-        if self.path is Path.INTEGER:
-            return key, value, key_scale, value_scale
-        shape = (-1, 1, 1) if key_scale.ndim == 1 else (*key_scale.shape, 1)
-        key, value = dequantize(key, key_scale.view(shape)), dequantize(value, value_scale.view(shape))
-        if self.key_shift is not None:
-            key, value = key + self.key_shift, value + self.value_shift
-        return key, value, None, None
+        key = (key_BGLD, self.key_scale, self.key_clip, self.key_shift)
+        value = (value_BGLD, self.value_scale, self.value_clip, self.value_shift)
+        if self.path is Path.REFERENCE:
+            return self._restored(*key), self._restored(*value), None, None
+        key, key_scale = self._codes(*key)
+        value, value_scale = self._codes(*value)
+        return key, value, key_scale, value_scale
 
 
 class KVSlots(NamedTuple):
@@ -154,10 +163,10 @@ class KVSlots(NamedTuple):
 
     @classmethod
     def for_one_call(
-        cls, kv: KVQuantizer, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
-    ) -> "KVSlots":
+        cls, kv: KVQuantizer, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVSlots":  # fmt: skip
         """Slots for a call without a cache."""
-        device = kv.key_scale.device
         width = head_dim // 2 if kv.bits == 4 else head_dim
         dtype = {4: torch.uint8, 8: torch.int8, 16: dtype}[kv.bits]
         keys, values = (torch.empty(batch, kv_heads, length, width, dtype=dtype, device=device) for _ in range(2))

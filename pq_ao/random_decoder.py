@@ -23,6 +23,9 @@ _CLIP = {4: 2.6, 8: 4.0}
 _NORMED_STD, _ATTENTION_STD, _MLP_STD = 1.0, 0.45, 0.6
 _SHIFT_STD = 0.05
 
+# factor on the absmax of a token in dynamic mode (method section 1.1)
+_DYNAMIC_CLIP = 0.95
+
 
 def random_quantized_decoder(
     config: PretrainedConfig,
@@ -128,13 +131,19 @@ def _decide(
     attention: PrefixAttention = block.get_submodule(family.attention)
     std_of = {attention.o_in: _ATTENTION_STD, block.get_submodule(family.mlp).down_in: _MLP_STD}
     for module in block.modules():
-        if isinstance(module, ActivationQuantizer) and not module.dynamic:
-            module.scale.fill_(_scale_for(std_of.get(module, _NORMED_STD), module.bits))
+        if isinstance(module, ActivationQuantizer):
+            if module.dynamic:
+                module.clip.fill_(_DYNAMIC_CLIP)
+            else:
+                module.scale.fill_(_scale_for(std_of.get(module, _NORMED_STD), module.bits))
             module.shift.copy_(normal(module.shift, _SHIFT_STD))
-        elif isinstance(module, KVQuantizer) and module.key_shift is not None:
-            for scale in (module.key_scale, module.value_scale):
-                scale.fill_(_scale_for(_NORMED_STD, module.bits))
-            for shift in (module.key_shift, module.value_shift):
+        elif isinstance(module, KVQuantizer) and module.bits < 16:
+            for name in ("key", "value"):
+                if module.dynamic:
+                    module.get_buffer(f"{name}_clip").fill_(_DYNAMIC_CLIP)
+                else:
+                    module.get_buffer(f"{name}_scale").fill_(_scale_for(_NORMED_STD, module.bits))
+                shift = module.get_buffer(f"{name}_shift")
                 shift.copy_(normal(shift, _SHIFT_STD))
     for module in block.modules():
         if isinstance(module, CalibratedLinear):
@@ -148,9 +157,5 @@ def _round(linear: CalibratedLinear, scheme: PrefixQuantConfig) -> None:
     scale = weight.std(dim=1) * (_CLIP[scheme.weight_bits] / 2 ** (scheme.weight_bits - 1))
     codes = quantize(weight, scale[:, None], scheme.weight_bits)
     linear.packed = PackedWeight.from_codes(codes, scale, scheme.weight_bits, linear.fixed_dtype)
-    bias = None if linear.bias is None else linear.bias.float()
-    shift = linear.quantizers[0].shift
-    if shift is not None:
-        constant = weight @ shift  # what the shift took off
-        bias = constant if bias is None else bias + constant
-    linear.packed_bias = bias
+    constant = weight @ linear.quantizers[0].shift  # what the shift took off
+    linear.packed_bias = constant if linear.bias is None else linear.bias.float() + constant

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig
 
 import pq_ao
 from pq_ao.calibration import calibrate
+from pq_ao.modules import attention_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -55,6 +57,34 @@ def test_float_model_padded_chunked_and_stepwise_runs_equal_single_ones(make_tin
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     out = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 6:]
     assert (out - expected).abs().max() <= limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_every_way_to_attend_makes_up_for_the_shifts(mode, ids):
+    """With and without a cache, ours or a stock one, fused or with a mask of the caller's own."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    scheme = pq_ao.prefixquant_config(mode=mode)
+    model = pq_ao.random_quantized_decoder(config, scheme, prefix_tokens=3, device="cpu", dtype=torch.float32)
+    for kv in (attention.kv for attention in attention_modules(model)):  # what is not made up for is seen
+        kv.key_shift.normal_(0, 2, generator=torch.Generator().manual_seed(3))
+        kv.value_shift.normal_(0, 2, generator=torch.Generator().manual_seed(4))
+    with pq_ao.reference_path(model):
+        expected = model(ids, use_cache=False).logits
+    packed = [pq_ao.PrefixStaticCache(model, 2, 24) for _ in range(2)]
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
+    fused = model(ids, use_cache=False).logits
+    assert (fused - expected).square().mean() < 1e-4 * expected.square().mean()  # codes at an edge may differ
+    assert torch.equal(model(ids, past_key_values=packed[0]).logits, fused)
+    assert torch.equal(model(ids, use_cache=False, attention_mask=mask).logits, fused)
+    padded = torch.nn.functional.pad(mask, (0, 4))
+    assert torch.equal(model(ids, past_key_values=packed[1], attention_mask=padded).logits, fused)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(packed[0].layers, packed[1].layers, strict=True))
+    with pytest.warns(pq_ao.UnpackedCacheWarning):
+        assert torch.equal(model(ids, past_key_values=DynamicCache(config=model.config)).logits, fused)
 
 
 def test_another_attention_implementation_is_refused(make_tiny, tiny_tokenizer, english, ids):

@@ -51,8 +51,8 @@ def test_bytes_of_a_quantized_model(calibrated, scheme, mode):
     linears = 0
     for rows, columns in OUTPUTS_INPUTS:
         linears += rows * columns * config.weight_bits // 8 + 4 * rows  # codes and their scales
-        if static:
-            linears += 4 * rows + 4 * columns + 4  # bias, shift and scale of the input
+        linears += 4 * columns + 4  # shift of the input, and its scale or clip factor
+        linears += 4 * rows  # bias
     assert report.linear_bytes == LAYERS * linears
     assert report.linear_bf16_bytes == DENSE
     assert report.linear_ratio == LAYERS * linears / DENSE
@@ -62,7 +62,7 @@ def test_bytes_of_a_quantized_model(calibrated, scheme, mode):
     prefix = LAYERS * 2 * GROUPS * model.model.layers[0].self_attn.prefix_k.shape[1] * HEAD_DIM * 2
     scales = 0
     if config.kv_bits < 16:
-        scales = LAYERS * 2 * GROUPS * (1 + HEAD_DIM) * 4 if static else slots * 4  # static: with shifts
+        scales = LAYERS * 2 * GROUPS * (1 + HEAD_DIM) * 4 + (0 if static else slots * 4)  # scales or clips, shifts
     assert prefix > 0
     assert report.kv_bytes == slots * HEAD_DIM * config.kv_bits // 8 + prefix + scales
     assert report.kv_bf16_bytes == slots * HEAD_DIM * 2
@@ -80,12 +80,15 @@ def test_before_quantize_weights_and_codes_are_both_held(calibrated):
     assert after.kv_bytes is None and after.kv_bf16_bytes is None and after.kv_ratio is None
 
 
-def test_biases_count(calibrated):
-    plain, biased = (calibrated(family=family, mode="dynamic") for family in ("llama", "qwen2"))
-    for model, config in (plain, biased):
+def test_biases_of_the_model_count_only_before_quantize(calibrated):
+    """Every quantized linear has a bias, whether or not the model had one."""
+    models = [calibrated(family=family) for family in ("llama", "qwen2")]
+    plain, biased = (memory(model).linear_bytes for model, _ in models)
+    assert biased - plain == LAYERS * 2 * OUTPUTS_INPUTS[0][0]  # q, k and v in bfloat16
+    for model, config in models:
         quantize_(model, config)
-    extra = memory(biased[0]).linear_bytes - memory(plain[0]).linear_bytes
-    assert extra == LAYERS * 4 * OUTPUTS_INPUTS[0][0]  # q, k and v in float32
+    plain, biased = (memory(model).linear_bytes for model, _ in models)
+    assert biased == plain
 
 
 def test_a_quarter_is_what_stays_alive(calibrated):
@@ -155,10 +158,10 @@ def test_explain(calibrated, mode, prefix):
         assert sorted(row[0] for row in rows) == sorted(names)
         assert all(row[4:7] == ["w4a4", mode, path] for row in rows)
         assert f"path {path} ({len(names)} linears): " in text
-    down = model.model.layers[1].mlp.down_in.scale.item()
+    down = model.model.layers[1].mlp.down_in
     line = next(line for line in integers.splitlines() if line.startswith("model.layers.1.mlp.down_proj"))
     assert line.split()[1:4] == [str(WIDTH), "x", str(MLP)]
-    assert line.endswith(f"{down:.5g}" if mode == "static" else "per token")
+    assert line.endswith(f"{down.scale.item():.5g}" if mode == "static" else f"per token, clip {down.clip.item():.3g}")
     assert f"{memory(model).linear_bytes:,} bytes in all" in integers
     assert (
         "keys and values: 4 bits, one " + ("static scale a head" if mode == "static" else "scale a token") in integers

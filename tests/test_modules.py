@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 import pq_ao
-from pq_ao.quantizers import ActivationQuantizer, Path
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.tensors import PackedWeight, QuantizedActivation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,6 +17,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _calibrated(model, tokenizer, english, config):
     pq_ao.calibrate(model, tokenizer, config, data=english, num_sequences=4, sequence_length=64, progress=False)
     return model
+
+
+def _clip_and_shift(model):
+    """Clip factors below 1 and shifts, both drawn, for the quantizers of dynamic mode."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | KVQuantizer) and module.dynamic:
+            for name, buffer in module.named_buffers():
+                if name.endswith("clip"):
+                    buffer.uniform_(0.7, 1, generator=generator)
+                else:
+                    buffer.normal_(0, 0.3, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +42,7 @@ def ids():
 def test_integers_equal_the_reference_path(make_tiny, tiny_tokenizer, english, ids, family, kwargs):
     config = pq_ao.prefixquant_config(**kwargs)
     model = _calibrated(make_tiny(family), tiny_tokenizer, english, config)
+    _clip_and_shift(model)
     with pq_ao.reference_path(model):
         before = model(ids, use_cache=False).logits
     quantize_(model, config)
@@ -79,6 +92,7 @@ def test_prefill_and_decode_compile_whole_without_recompiling_and_equal_eager(
 ):
     config = pq_ao.prefixquant_config(**kwargs)
     model = _calibrated(make_tiny("qwen3", dtype=torch.bfloat16), tiny_tokenizer, english, config)
+    _clip_and_shift(model)
     quantize_(model, config)
     eager_cache, compiled_cache = (pq_ao.PrefixStaticCache(model, 2, 32) for _ in range(2))
     torch._dynamo.reset()

@@ -69,10 +69,12 @@ def test_scales_use_the_range_of_the_codes(ids, scheme):
         if isinstance(module, CalibratedLinear):
             codes = module.weight.codes()
             assert isinstance(module.weight, PackedWeight) and codes.unique().numel() > 0.7 * 2**module.weight.bits
-        if isinstance(module, ActivationQuantizer) and not module.dynamic:
-            assert 0 < module.scale < 1 and module.shift.abs().max() > 0
-        if isinstance(module, KVQuantizer) and module.key_shift is not None:
-            assert (module.key_scale > 0).all() and module.value_shift.abs().max() > 0
+        if isinstance(module, ActivationQuantizer):
+            assert 0 < (module.clip if module.dynamic else module.scale) < 1 and module.shift.abs().max() > 0
+        if isinstance(module, KVQuantizer) and module.bits < 16:
+            factors = (module.key_clip, module.value_clip) if module.dynamic else (module.key_scale, module.value_scale)
+            assert all(((0 < factor) & (factor < 1)).all() for factor in factors)
+            assert module.key_shift.abs().max() > 0 and module.value_shift.abs().max() > 0
 
 
 def test_reports_work_and_embeddings_are_apart():

@@ -21,8 +21,7 @@ def _widen(data_BGSx: Tensor, scale: Tensor | None, head_dim: int) -> Tensor:
     return data_BGSx.float() * scale
 
 
-@torch.library.custom_op("pq_ao::prefix_attention", mutates_args=())
-def prefix_attention(
+def attend_plainly(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -33,7 +32,7 @@ def prefix_attention(
     mask: Tensor,
     scaling: float,
 ) -> Tensor:
-    """softmax(q [k'; k]^T scaling) [v'; v], the prefix visible to every query (method section 3.3).
+    """softmax(q [k'; k]^T scaling) [v'; v], the prefix visible to every query (method section 3.3); differentiable.
 
     Args:
         query: [B, H, L, D], floating point.
@@ -61,6 +60,22 @@ def prefix_attention(
         query.float(), key_BGTD, value_BGTD, attn_mask=mask, scale=scaling, enable_gqa=heads != groups
     )
     return out_BHLD.transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("pq_ao::prefix_attention", mutates_args=())
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    mask: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`attend_plainly` as one op, without gradients."""
+    return attend_plainly(query, key, value, key_scale, value_scale, prefix_key, prefix_value, mask, scaling)
 
 
 @prefix_attention.register_fake

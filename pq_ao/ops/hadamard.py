@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pq_ao.hadamard import hadamard_transform
+from pq_ao.hadamard import hadamard_transform, hadamard_transform_transpose
 
 
 @torch.library.custom_op("pq_ao::hadamard", mutates_args=())
@@ -23,3 +23,16 @@ def hadamard(x: Tensor, base: Tensor) -> Tensor:
 @hadamard.register_fake
 def _(x: Tensor, base: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, base = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(base)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return hadamard_transform_transpose(grad, *ctx.saved_tensors).to(ctx.dtype), None
+
+
+hadamard.register_autograd(_backward, setup_context=_setup_context)

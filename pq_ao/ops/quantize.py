@@ -30,14 +30,32 @@ def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int
     return torch.clamp(torch.round(x.float() / scale), low, high).to(dtype)
 
 
-def quantize_per_row(x: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Dynamic quantizer: one scale for each row of the last axis, from its absmax.
+def row_scale(x: Tensor, clip: Tensor, bits: int) -> Tensor:
+    """float32 [..., 1], one scale for each row of the last axis: 2 clip absmax / (2^bits - 1) (method section 1.1).
 
-    Returns:
-        codes like `x`, see `quantize`, and float32 scales of shape [..., 1].
+    Its factors are multiplied in this order, here and in kernels: absmax, that off the edge, clip, 2 / (2^bits - 1).
+
+    Args:
+        clip: float32, broadcasts against [..., 1]: 1 for the whole range, less to clamp the largest values.
     """
-    scale = absmax_scale(x.float().abs().amax(dim=-1, keepdim=True) * _OFF_THE_EDGE, bits)
+    absmax = x.float().abs().amax(dim=-1, keepdim=True)
+    return absmax_scale(absmax * _OFF_THE_EDGE * clip, bits)
+
+
+def quantize_per_row(x: Tensor, clip: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Dynamic quantizer: codes like `x`, see `quantize`, and the float32 scales of `row_scale`."""
+    scale = row_scale(x, clip, bits)
     return quantize(x, scale, bits, dtype), scale
+
+
+def check_clip(op: str, name: str, clip: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless `clip` is contiguous float32 of `shape` and above 0; a GPU's values are not waited for."""
+    if clip.dtype != torch.float32 or clip.shape != shape or not clip.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} is {clip.dtype} {list(clip.shape)}; contiguous float32 {list(shape)} is required."
+        )
+    if clip.device.type == "cpu" and (clip <= 0).any():
+        raise ValueError(f"{op}: {name} is {clip.tolist()}; factors above 0 are required, 1 clips nothing.")
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 from pq_ao.hadamard import hadamard_transform
 from pq_ao.ops.accumulators import check_accumulators, scaled
 from pq_ao.ops.packing import pack_int4
-from pq_ao.ops.quantize import quantize, quantize_per_row
+from pq_ao.ops.quantize import check_clip, quantize, quantize_per_row
 
 
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None, norms: tuple, keys: Tensor, values: Tensor,
-    token_scales: tuple, scales: tuple, shifts: tuple, start: Tensor, query_heads: int, bits: int,
+    token_scales: tuple, scales: tuple, clips: tuple, shifts: tuple, start: Tensor, query_heads: int, bits: int,
     accumulators: tuple,
 ) -> int:  # fmt: skip
     """The head dim, or an error."""
@@ -63,16 +63,20 @@ def _check(
     for kind, tensors, shape, wanted in (
         ("token scales", token_scales, (batch, groups, keys.shape[2]), dynamic),
         ("scales", scales, (groups,), bits < 16 and not dynamic),
-        ("shifts", shifts, (groups, 1, head_dim), bits < 16 and not dynamic),
+        ("clips", clips, (groups,), dynamic),
+        ("shifts", shifts, (groups, 1, head_dim), bits < 16),
     ):
         for tensor in tensors:
             if (tensor is not None) != wanted:
                 raise ValueError(
                     f"rope_store: {kind} {'are missing' if wanted else 'do not belong here'}; bits < 16 take key and "
-                    "value scales with shifts (static), or token scales alone (dynamic); bits = 16 take none."
+                    "value scales (static), or token scales and clips (dynamic), and shifts; bits = 16 take none."
                 )
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"rope_store: {kind} of shape {list(tensor.shape)}; {list(shape)} is required.")
+    for name, clip in zip(("key_clip", "value_clip"), clips, strict=True):
+        if clip is not None:
+            check_clip("rope_store", name, clip, (groups,))
     for name, tensor in (("keys", keys), ("values", values), *(("token scales", t) for t in token_scales)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"rope_store: {name} must be contiguous, for they are written in place.")
@@ -99,8 +103,8 @@ def _rotate(x_BLHD: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None) -
 
 
 def _store(
-    x_BGLD: Tensor, cache: Tensor, token_scale: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    slots: Tensor, bits: int,
+    x_BGLD: Tensor, cache: Tensor, token_scale: Tensor | None, scale: Tensor | None, clip: Tensor | None,
+    shift: Tensor | None, slots: Tensor, bits: int,
 ) -> None:  # fmt: skip
     """Quantizes, packs and writes those tokens that have a slot."""
     has_slot = (slots >= 0) & (slots < cache.shape[2])
@@ -108,7 +112,7 @@ def _store(
     if bits == 16:
         codes = x_BGLD.to(cache.dtype)
     elif token_scale is not None:
-        codes, row_scale = quantize_per_row(x_BGLD, bits)
+        codes, row_scale = quantize_per_row(x_BGLD.float() - shift, clip.view(-1, 1, 1), bits)
         token_scale.index_copy_(2, slots, row_scale.squeeze(-1)[:, :, has_slot])
     else:
         codes = quantize(x_BGLD.float() - shift, scale.view(-1, 1, 1), bits)
@@ -132,6 +136,8 @@ def rope_store(
     value_token_scale: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
+    key_clip: Tensor | None,
+    value_clip: Tensor | None,
     key_shift: Tensor | None,
     value_shift: Tensor | None,
     start: Tensor,
@@ -156,7 +162,9 @@ def rope_store(
             floats [B, G, S, D] (16 bits).
         key_token_scale, value_token_scale: float32 [B, G, S], changed in place, in dynamic mode; else None.
         key_scale, value_scale: float32 [G] in static mode; else None.
-        key_shift, value_shift: float32 [G, 1, D], taken off before quantizing, in static mode; else None.
+        key_clip, value_clip: float32 [G], above 0, in dynamic mode: a token's scale is clip times that of its absmax,
+            shift off (see `pq_ao.ops.quantize_per_row`); else None.
+        key_shift, value_shift: float32 [G, 1, D], taken off before quantizing; None at 16 bits.
         start: int64, one element: the slot of the first token.
         query_heads: H.
         bits: 4, 8 or 16.
@@ -170,11 +178,13 @@ def rope_store(
 
     Raises:
         TypeError: a dtype that does not go with `bits`.
-        ValueError: shapes that do not fit together, or scales of both modes or neither.
+        ValueError: shapes that do not fit together, or scales of both modes or neither; on the CPU, where it costs no
+            wait, a clip of 0 or less.
     """
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
-        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits, (in_scale, in_bias, in_dtype),
+        (key_scale, value_scale), (key_clip, value_clip), (key_shift, value_shift), start, query_heads, bits,
+        (in_scale, in_bias, in_dtype),
     )  # fmt: skip
     groups, length = keys.shape[1], qkv.shape[1]
     qkv = scaled(qkv, in_scale, in_bias, in_dtype)
@@ -183,16 +193,16 @@ def rope_store(
     query = _rotate(_normalize(query, query_norm, norm_eps), cos, sin, rotation)
     key = _rotate(_normalize(key, key_norm, norm_eps), cos, sin, rotation)
     slots = torch.arange(length, device=start.device) + start
-    _store(key, keys, key_token_scale, key_scale, key_shift, slots, bits)
-    _store(value.transpose(1, 2), values, value_token_scale, value_scale, value_shift, slots, bits)
+    _store(key, keys, key_token_scale, key_scale, key_clip, key_shift, slots, bits)
+    _store(value.transpose(1, 2), values, value_token_scale, value_scale, value_clip, value_shift, slots, bits)
     return query.to(qkv.dtype).transpose(1, 2).contiguous()
 
 
 @rope_store.register_fake
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
-    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits, in_scale=None, in_bias=None,
-    in_dtype=None,
+    key_scale, value_scale, key_clip, value_clip, key_shift, value_shift, start, query_heads, bits, in_scale=None,
+    in_bias=None, in_dtype=None,
 ):  # fmt: skip
     head_dim = qkv.shape[-1] // (query_heads + 2 * keys.shape[1])
     return qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
@@ -201,19 +211,20 @@ def _(
 @rope_store.register_kernel("cuda")
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
-    key_scale, value_scale, key_shift, value_shift, start, query_heads, bits, in_scale=None, in_bias=None,
-    in_dtype=None,
+    key_scale, value_scale, key_clip, value_clip, key_shift, value_shift, start, query_heads, bits, in_scale=None,
+    in_bias=None, in_dtype=None,
 ):  # fmt: skip
     from pq_ao.ops.kernels.rope_store import launch
 
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
-        (key_scale, value_scale), (key_shift, value_shift), start, query_heads, bits, (in_scale, in_bias, in_dtype),
+        (key_scale, value_scale), (key_clip, value_clip), (key_shift, value_shift), start, query_heads, bits,
+        (in_scale, in_bias, in_dtype),
     )  # fmt: skip
     query = qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
     launch(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), rotation, query_norm, key_norm, norm_eps, keys, values,
-        key_token_scale, value_token_scale, key_scale, value_scale, key_shift, value_shift, start, query, bits,
-        in_scale=in_scale, in_bias=in_bias, in_dtype=in_dtype,
+        key_token_scale, value_token_scale, key_scale, value_scale, key_clip, value_clip, key_shift, value_shift,
+        start, query, bits, in_scale=in_scale, in_bias=in_bias, in_dtype=in_dtype,
     )  # fmt: skip
     return query

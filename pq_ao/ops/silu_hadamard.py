@@ -5,14 +5,14 @@ from torch import Tensor
 
 from pq_ao.hadamard import hadamard_transform
 from pq_ao.ops.accumulators import check_accumulators, scaled
-from pq_ao.ops.quantize import quantize, quantize_per_row
+from pq_ao.ops.quantize import check_clip, quantize, quantize_per_row
 
 _ENCODINGS = (torch.int8, torch.float8_e4m3fn)
 
 
 def _check(
-    gate_up: Tensor, base: Tensor | None, scale: Tensor | None, shift: Tensor | None, bits: int, encoding: torch.dtype,
-    in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None,
+    gate_up: Tensor, base: Tensor | None, scale: Tensor | None, clip: Tensor | None, shift: Tensor | None, bits: int,
+    encoding: torch.dtype, in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None,
 ) -> int:  # fmt: skip
     """The width F, or an error."""
     if not gate_up.is_floating_point():
@@ -35,10 +35,13 @@ def _check(
             )
     if shift is not None and shift.shape != (features,):
         raise ValueError(f"silu_hadamard: shift has shape {list(shift.shape)}; [{features}] is required.")
-    if scale is None and shift is not None:
-        raise ValueError("silu_hadamard: shift goes with a static scale; pass shift=None where scale is None.")
+    if (scale is None) == (clip is None):
+        given = "neither scale nor clip is" if scale is None else "scale and clip are both"
+        raise ValueError(f"silu_hadamard: {given} given; pass one: scale if it is static, clip for one scale a row.")
     if scale is not None and scale.numel() != 1:
         raise ValueError(f"silu_hadamard: scale has shape {list(scale.shape)}; (1,) is required.")
+    if clip is not None:
+        check_clip("silu_hadamard", "clip", clip, (1,))
     return features
 
 
@@ -47,6 +50,7 @@ def silu_hadamard(
     gate_up: Tensor,
     base: Tensor | None,
     scale: Tensor | None,
+    clip: Tensor | None,
     shift: Tensor | None,
     bits: int,
     encoding: torch.dtype,
@@ -59,7 +63,9 @@ def silu_hadamard(
     Args:
         gate_up: [..., 2F] floating point, gate first.
         base: float32 [K, K] from `pq_ao.hadamard.hadamard_base(F)`; None for no rotation.
-        scale: float32 (1,), static; None for one scale a row from its absmax (dynamic).
+        scale: float32 (1,), static; None if dynamic.
+        clip: float32 (1,), above 0, if dynamic: a row's scale is clip times that of its absmax, shift off (see
+            `pq_ao.ops.quantize_per_row`); None if static.
         shift: float32 [F], static means taken off before quantizing, or None.
         bits: 4 or 8.
         encoding: torch.int8, or torch.float8_e4m3fn, which holds the same integers (4 bits only).
@@ -73,21 +79,24 @@ def silu_hadamard(
 
     Raises:
         TypeError: gate_up is not floating point, or another encoding.
-        ValueError: shapes or bits that do not fit.
+        ValueError: shapes or bits that do not fit; scale and clip both given, or neither; on the CPU, where it costs
+            no wait, a clip of 0 or less.
 
     Example::
 
-        codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, shift, 4, torch.int8)
+        codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, None, shift, 4, torch.int8)
     """
-    _check(gate_up, base, scale, shift, bits, encoding, in_scale, in_bias, in_dtype)
+    _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, in_dtype)
     gate, up = scaled(gate_up, in_scale, in_bias, in_dtype).float().chunk(2, dim=-1)
     h = torch.nn.functional.silu(gate) * up
     if base is not None:
         h = hadamard_transform(h, base)
+    if shift is not None:
+        h = h - shift
     if scale is None:
-        codes, row_scale = quantize_per_row(h, bits)
+        codes, row_scale = quantize_per_row(h, clip, bits)
     else:
-        codes, row_scale = quantize(h if shift is None else h - shift, scale, bits), h.new_empty(0)
+        codes, row_scale = quantize(h, scale, bits), h.new_empty(0)
     return codes.to(encoding), row_scale
 
 
@@ -98,18 +107,18 @@ def _outputs(gate_up: Tensor, features: int, dynamic: bool, encoding: torch.dtyp
 
 
 @silu_hadamard.register_fake
-def _(gate_up, base, scale, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
+def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
     return _outputs(gate_up, gate_up.shape[-1] // 2, scale is None, encoding)
 
 
 @silu_hadamard.register_kernel("cuda")
-def _(gate_up, base, scale, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
+def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None, in_dtype=None):
     from pq_ao.ops.kernels.silu_hadamard import launch
 
-    features = _check(gate_up, base, scale, shift, bits, encoding, in_scale, in_bias, in_dtype)
+    features = _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, in_dtype)
     codes, row_scale = _outputs(gate_up, features, scale is None, encoding)
     launch(
-        gate_up.contiguous(), base, scale, shift, bits, codes.view(-1, features), row_scale, in_scale=in_scale,
+        gate_up.contiguous(), base, scale, clip, shift, bits, codes.view(-1, features), row_scale, in_scale=in_scale,
         in_bias=in_bias, in_dtype=in_dtype,
     )  # fmt: skip
     return codes, row_scale

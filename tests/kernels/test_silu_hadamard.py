@@ -25,12 +25,12 @@ def make_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype)
 
 
-def run(gate_up, base, scale, shift, bits, encoding, tiling=None, in_scale=None, in_bias=None, in_dtype=None):
+def run(gate_up, base, scale, clip, shift, bits, encoding, tiling=None, in_scale=None, in_bias=None, in_dtype=None):
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     codes = torch.empty(rows, width, dtype=encoding, device=DEVICE)
     row_scale = torch.empty(rows, 1, device=DEVICE)
-    on_device = [t if t is None else t.to(DEVICE) for t in (gate_up, base, scale, shift, in_scale, in_bias)]
-    launch(*on_device[:4], bits, codes, row_scale, tiling, *on_device[4:], in_dtype)
+    on_device = [t if t is None else t.to(DEVICE) for t in (gate_up, base, scale, clip, shift, in_scale, in_bias)]
+    launch(*on_device[:5], bits, codes, row_scale, tiling, *on_device[5:], in_dtype)
     return codes.cpu(), row_scale.cpu()
 
 
@@ -38,7 +38,7 @@ def check_floats(
     gate_up: torch.Tensor, tiling: Tiling | RowsTiling | None = None, base: torch.Tensor | None = None
 ) -> None:
     base = hadamard_base(gate_up.shape[1] // 2) if base is None else base
-    found, _ = run(gate_up, base, torch.ones(1), None, 4, torch.float32, tiling)
+    found, _ = run(gate_up, base, torch.ones(1), None, None, 4, torch.float32, tiling)
     gate, up = gate_up.double().chunk(2, dim=-1)
     expected = hadamard_transform(torch.nn.functional.silu(gate) * up, base.double())
     assert 10 * torch.log10(expected.square().sum() / (found - expected).square().sum()) > ROTATED_SQNR
@@ -46,13 +46,14 @@ def check_floats(
 
 def check_codes(
     gate_up: torch.Tensor, dynamic: bool, bits: int, encoding: torch.dtype, tiling: Tiling | RowsTiling | None = None,
-    raw: tuple = (None, None, None),
+    raw: tuple = (None, None, None), shifted: bool = True,
 ) -> None:  # fmt: skip
     width = gate_up.shape[1] // 2
     base = hadamard_base(width)
-    scale, shift = (None, None) if dynamic else (torch.tensor([0.17]), torch.linspace(-0.5, 0.5, width))
-    codes, row_scale = run(gate_up, base, scale, shift, bits, encoding, tiling, *raw)
-    expected, expected_scale = silu_hadamard(gate_up, base, scale, shift, bits, encoding, *raw)
+    scale, clip = (None, torch.tensor([0.85])) if dynamic else (torch.tensor([0.17]), None)
+    shift = torch.linspace(-0.5, 0.5, width) if shifted else None
+    codes, row_scale = run(gate_up, base, scale, clip, shift, bits, encoding, tiling, *raw)
+    expected, expected_scale = silu_hadamard(gate_up, base, scale, clip, shift, bits, encoding, *raw)
     assert codes.dtype == encoding
     difference = (codes.float() - expected.float()).abs()
     assert difference.max() <= 1 and (difference > 0).sum() <= max(1, FLIPPED * codes.numel())
@@ -69,6 +70,24 @@ def test_rotated_floats(width):
 @pytest.mark.parametrize("width", [192, 256, 152, 14])
 def test_codes(width, dynamic):
     check_codes(make_input(8, width, torch.bfloat16), dynamic, 4, torch.int8)
+
+
+@pytest.mark.parametrize("tiling", [None, RowsTiling(16, 2, 16, 4)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_without_a_shift(dynamic, tiling):
+    check_codes(make_input(4, 512, torch.bfloat16), dynamic, 4, torch.int8, tiling, shifted=False)
+
+
+@pytest.mark.parametrize("tiling", [None, RowsTiling(16, 2, 16, 4)])
+def test_a_mean_does_not_widen_dynamic_scales(tiling):
+    """A shift far larger than what varies around it comes off before the absmax is taken."""
+    gate_up, base = make_input(4, 512, torch.bfloat16), hadamard_base(512)
+    shift, clip = torch.full((512,), 100.0), torch.tensor([0.5])
+    shift[7] = -300.0
+    codes, row_scale = run(gate_up, base, None, clip, shift, 4, torch.int8, tiling)
+    expected, expected_scale = silu_hadamard(gate_up, base, None, clip, shift, 4, torch.int8)
+    torch.testing.assert_close(row_scale, expected_scale, rtol=1e-5, atol=0)
+    assert (codes[:, 7] == 7).all() and torch.equal(codes, expected)  # all but one lie between -6 and -4 scales
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -142,10 +161,12 @@ def test_raw_accumulators(dtype, tiling, bias):
 @pytest.mark.parametrize("width", [160, 33])
 def test_without_a_rotation_codes_are_equal(width, dynamic):
     gate_up = make_input(3, width, torch.bfloat16)
-    scale = None if dynamic else torch.tensor([0.2])
-    shift = None if dynamic else torch.linspace(-1, 1, width)
-    codes, _ = run(gate_up, None, scale, shift, 4, torch.int8)
-    expected, _ = silu_hadamard(gate_up, None, scale, shift, 4, torch.int8)
+    scale, clip = (None, torch.tensor([0.85])) if dynamic else (torch.tensor([0.2]), None)
+    shift = torch.linspace(-1, 1, width)
+    codes, row_scale = run(gate_up, None, scale, clip, shift, 4, torch.int8)
+    expected, expected_scale = silu_hadamard(gate_up, None, scale, clip, shift, 4, torch.int8)
+    if dynamic:
+        torch.testing.assert_close(row_scale, expected_scale, rtol=1e-6, atol=0)
     assert (codes - expected).abs().max() <= 1 and (codes != expected).sum() <= max(1, FLIPPED * codes.numel())
 
 
@@ -160,7 +181,7 @@ def test_hostile_values(dynamic):
 
 
 def test_no_rows():
-    codes, _ = run(make_input(0, 192, torch.bfloat16), hadamard_base(192), torch.ones(1), None, 4, torch.int8)
+    codes, _ = run(make_input(0, 192, torch.bfloat16), hadamard_base(192), torch.ones(1), None, None, 4, torch.int8)
     assert codes.shape == (0, 192)
 
 

@@ -19,7 +19,7 @@ class CacheCase:
 
     Args:
         stored: "packed", "int8", "float32", "bfloat16" or "float16".
-        scales: "static" (with shifts) or "per-token".
+        scales: "static" or "per-token", both with shifts.
         start: slot of the first query.
         hidden: per row of the batch, how many of its first slots padding hides; None for no padding mask.
         spread: standard deviation of the queries; larger ones make sharper softmax.
@@ -57,8 +57,7 @@ class CacheCase:
             self.key_scale, self.value_scale = spreads
             view = (1, groups, 1, 1) if scales == "static" else (*shape, 1)
             self.key64, self.value64 = (c.double() * s.double().view(view) for c, s in zip(codes, spreads, strict=True))
-            if scales == "static":
-                self.key_shift, self.value_shift = normal(groups, 1, head_dim), normal(groups, 1, head_dim)
+            self.key_shift, self.value_shift = normal(groups, 1, head_dim), normal(groups, 1, head_dim)
         else:
             self.keys, self.values = (normal(*body).to(getattr(torch, stored)) for _ in range(2))
             self.key64, self.value64 = self.keys.double(), self.values.double()

@@ -36,8 +36,9 @@ def test_padding_hides_slots(queries):
     assert sqnr(case.expected(), cache_attention(*case.args())) >= SQNR_FLOOR_DB
 
 
-def test_nothing_seen_gives_the_shift():
-    case = CacheCase(prefix=0, hidden=[12, 0])
+@pytest.mark.parametrize("scales", ["static", "per-token"])
+def test_nothing_seen_gives_the_shift(scales):
+    case = CacheCase(scales=scales, prefix=0, hidden=[12, 0])
     out = cache_attention(*case.args())
     assert torch.equal(out[0].view(4, 16), case.value_shift.squeeze(1).repeat_interleave(2, dim=0))
 
@@ -57,6 +58,14 @@ def test_quantized_output(bits, encoding):
     assert codes.dtype == encoding
     expected = quantize(cache_attention(*case.args()) - case.out_shift, case.out_scale, bits)
     assert torch.equal(codes.to(torch.int8), expected)
+
+
+@pytest.mark.parametrize("stored", ["packed", "int8"])
+@pytest.mark.parametrize("scales", ["static", "per-token"])
+def test_shifts_are_optional(stored, scales):
+    case = CacheCase(stored, scales=scales)
+    case.key_shift = case.value_shift = None
+    assert sqnr(case.expected(), cache_attention(*case.args())) >= SQNR_FLOOR_DB
 
 
 def test_errors_name_the_argument():

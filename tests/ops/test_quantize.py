@@ -7,6 +7,7 @@ from pq_ao.ops import code_range, dequantize, quantize, quantize_per_row
 from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, absmax_scale
 
 ONE = torch.ones(1)
+CLIPS = (1.0, 0.8, 0.37)
 
 
 def random_floats(*shape: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ class TestPerRow:
     @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 16), (2, 2, 3, 24), (0, 8)])
     def test_each_row_on_its_own(self, shape, bits):
         x = random_floats(*shape) * torch.logspace(-3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
-        codes, scale = quantize_per_row(x, bits)
+        codes, scale = quantize_per_row(x, ONE, bits)
         assert codes.shape == x.shape and codes.dtype == torch.int8
         assert scale.shape == (*shape[:-1], 1) and scale.dtype == torch.float32
         for row, row_codes, row_scale in zip(
@@ -99,21 +100,21 @@ class TestPerRow:
         """At absmax / scale = 7.5 the last bit of a quotient would choose the code, differently on each path."""
         low, high = code_range(bits)
         x = random_floats(500, 16)
-        codes, scale = quantize_per_row(x, bits)
+        codes, scale = quantize_per_row(x, ONE, bits)
         absmax, where = x.abs().max(dim=-1, keepdim=True)
         assert ((absmax / scale - (high + 0.5)) > 1e-3).all()
         largest, sign = codes.gather(-1, where), x.gather(-1, where).sign()
         assert torch.equal(largest.long(), torch.where(sign > 0, high, low))
 
     def test_a_row_of_zeros(self):
-        codes, scale = quantize_per_row(torch.zeros(2, 8), 4)
+        codes, scale = quantize_per_row(torch.zeros(2, 8), ONE, 4)
         assert codes.count_nonzero() == 0
         assert torch.equal(scale, torch.full((2, 1), MIN_SCALE))
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_error_is_half_a_step_but_for_the_clamped_top(self, bits):
         x = random_floats(50, 64)
-        codes, scale = quantize_per_row(x, bits)
+        codes, scale = quantize_per_row(x, ONE, bits)
         steps = x / scale
         error = (dequantize(codes, scale) - x).abs() / scale
         below = steps <= code_range(bits)[1] + 0.5
@@ -123,8 +124,41 @@ class TestPerRow:
 
     def test_narrow_input(self):
         x = random_floats(4, 32).bfloat16()
-        for got, expected in zip(quantize_per_row(x, 4), quantize_per_row(x.float(), 4), strict=True):
+        for got, expected in zip(quantize_per_row(x, ONE, 4), quantize_per_row(x.float(), ONE, 4), strict=True):
             assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("clip", CLIPS)
+    def test_a_clip_factor_scales_the_scale_and_clamps(self, clip, bits):
+        low, high = code_range(bits)
+        x = random_floats(200, 64)
+        codes, scale = quantize_per_row(x, torch.tensor([clip]), bits)
+        _, whole = quantize_per_row(x, ONE, bits)
+        torch.testing.assert_close(scale, clip * whole, rtol=3e-7, atol=0)
+        assert torch.equal(scale, whole) == (clip == 1)
+        assert torch.equal(codes, quantize(x, scale, bits))
+        beyond = (x / scale).abs() > high + 1
+        assert beyond.any() == (clip < 1)  # of the whole range nothing is as far out
+        assert torch.equal(codes[beyond].long(), torch.where(x[beyond] > 0, high, low))
+
+    def test_the_order_of_the_factors(self):
+        """The one that kernels keep, and without a clip what was there before there were clips, to the bit."""
+        x, clip = random_floats(500, 16), torch.tensor([0.83])
+        absmax = x.abs().amax(dim=-1, keepdim=True) * (1 - 2**-12)
+        assert torch.equal(quantize_per_row(x, ONE, 4)[1], absmax * (2 / 15))
+        assert torch.equal(quantize_per_row(x, clip, 4)[1], absmax * clip * (2 / 15))
+        assert not torch.equal(absmax * clip * (2 / 15), absmax * (2 / 15) * clip)
+
+    def test_one_clip_for_each_head(self):
+        x, clip = random_floats(2, 3, 5, 8), torch.tensor([0.9, 0.5, 1.0])
+        codes, scale = quantize_per_row(x, clip.view(-1, 1, 1), 4)
+        for head in range(3):
+            alone, alone_scale = quantize_per_row(x[:, head], clip[head], 4)
+            assert torch.equal(codes[:, head], alone) and torch.equal(scale[:, head], alone_scale)
+
+    def test_a_clipped_scale_keeps_to_its_range(self):
+        rows = torch.tensor([[1e-3], [1e9]])
+        assert quantize_per_row(rows, torch.tensor([0.5]), 4)[1].tolist() == [[torch.tensor(MIN_SCALE)], [MAX_SCALE]]
 
 
 def test_dequantize_is_float32():
@@ -136,6 +170,7 @@ def test_dequantize_is_float32():
 
 def test_compiled_equals_eager():
     x, scale = random_floats(7, 33) * 10, torch.tensor([0.3])
-    compiled = torch.compile(lambda x: (quantize(x, scale, 4), *quantize_per_row(x, 8)), fullgraph=True)
-    expected = (quantize(x, scale, 4), *quantize_per_row(x, 8))
+    clip = torch.tensor([0.7])
+    compiled = torch.compile(lambda x: (quantize(x, scale, 4), *quantize_per_row(x, clip, 8)), fullgraph=True)
+    expected = (quantize(x, scale, 4), *quantize_per_row(x, clip, 8))
     assert all(torch.equal(got, want) for got, want in zip(compiled(x), expected, strict=True))

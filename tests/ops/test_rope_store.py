@@ -60,8 +60,10 @@ class Case:
             "value_token_scale": torch.zeros(cache) if dynamic else None,
             "key_scale": 0.2 + 0.1 * random(self.groups).abs() if static else None,
             "value_scale": 0.2 + 0.1 * random(self.groups).abs() if static else None,
-            "key_shift": random(self.groups, 1, self.head_dim) if static else None,
-            "value_shift": random(self.groups, 1, self.head_dim) if static else None,
+            "key_clip": 1 - 0.1 * random(self.groups).abs() if dynamic else None,
+            "value_clip": 1 - 0.1 * random(self.groups).abs() if dynamic else None,
+            "key_shift": random(self.groups, 1, self.head_dim) if self.bits < 16 else None,
+            "value_shift": random(self.groups, 1, self.head_dim) if self.bits < 16 else None,
             "start": torch.tensor(self.start),
         }
         if self.raw:
@@ -97,7 +99,8 @@ class Case:
             elif t["key_scale"] is not None:
                 codes = quantize(x.float() - t[f"{name}_shift"], t[f"{name}_scale"].view(-1, 1, 1), self.bits)
             else:
-                codes, scale = quantize_per_row(x, self.bits)
+                clip = t[f"{name}_clip"].view(-1, 1, 1)
+                codes, scale = quantize_per_row(x.float() - t[f"{name}_shift"], clip, self.bits)
                 written[2 + i][:, :, self.start : self.start + self.length] = scale.squeeze(-1)
             codes = pack_int4(codes) if self.bits == 4 else codes
             written[i][:, :, self.start : self.start + self.length] = codes
@@ -157,11 +160,13 @@ def test_against_float64(mode):
     torch.testing.assert_close(query.double(), turned[:, :, :HEADS], rtol=1e-5, atol=1e-5)
     key = turned[:, :, HEADS : HEADS + GROUPS].transpose(1, 2)
     if mode == "static":
-        scale, shift = t["key_scale"].view(1, -1, 1, 1), t["key_shift"]
+        scale = t["key_scale"].view(1, -1, 1, 1)
     else:
-        scale, shift = t["key_token_scale"][:, :, 5:8, None], 0
-    written = (case.tensors["keys"][:, :, 5:8] - ((key - shift) / scale).clamp(-128, 127)).abs()
-    assert written.max() <= 0.5 + 1e-4
+        absmax = (key - t["key_shift"]).abs().amax(dim=-1, keepdim=True)
+        scale = t["key_clip"].view(-1, 1, 1) * absmax * (1 - 2**-12) / 127.5
+        torch.testing.assert_close(t["key_token_scale"][:, :, 5:8, None], scale, rtol=1e-5, atol=0)
+    written = (case.tensors["keys"][:, :, 5:8] - ((key - t["key_shift"]) / scale).clamp(-128, 127)).abs()
+    assert written.max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("start", [10, 12, 40, -2])
@@ -199,6 +204,7 @@ def test_other_slots_keep_what_they_hold():
         ({"key_scale": None}, ValueError, "token scales are missing"),
         ({"key_shift": None}, ValueError, "shifts are missing"),
         ({"value_scale": torch.ones(3)}, ValueError, "scales of shape"),
+        ({"key_clip": torch.ones(2)}, ValueError, "clips do not belong here"),
         ({"start": torch.tensor(0.0)}, TypeError, "start is"),
         ({"in_dtype": torch.float16}, ValueError, "go with in_scale"),
         ({"in_scale": torch.ones(192)}, TypeError, "in_dtype=None"),
@@ -209,6 +215,32 @@ def test_other_slots_keep_what_they_hold():
 def test_errors_name_the_argument(change, error, message):
     with pytest.raises(error, match=message):
         rope_store(**(Case().arguments() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value_clip": None}, "clips are missing"),
+        ({"key_shift": None}, "shifts are missing"),
+        ({"value_token_scale": None}, "token scales are missing"),
+        ({"key_scale": torch.ones(2)}, "token scales do not belong here"),
+        ({"value_scale": torch.ones(2)}, "scales do not belong here"),
+        ({"key_clip": torch.ones(3)}, r"clips of shape \[3\]; \[2\]"),
+        ({"key_clip": torch.ones(2).double()}, "key_clip is torch.float64"),
+        ({"value_clip": torch.ones(1).expand(2)}, "value_clip is .* contiguous"),
+        ({"value_clip": torch.tensor([0.9, -0.1])}, "value_clip is .* factors above 0"),
+        ({"value_shift": torch.zeros(2, 24)}, "shifts of shape"),
+    ],
+)
+def test_errors_of_dynamic_mode_name_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        rope_store(**(Case(mode="dynamic").arguments() | change))
+
+
+def test_16_bits_take_neither_clips_nor_shifts():
+    for name, tensor in (("key_clip", torch.ones(2)), ("value_shift", torch.zeros(2, 1, 24))):
+        with pytest.raises(ValueError, match="do not belong here"):
+            rope_store(**(Case(bits=16).arguments() | {name: tensor}))
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("static", 4), ("dynamic", 4), ("static", 16)])

@@ -1,21 +1,9 @@
-"""Pieces that the kernels of pq_ao::rope_store share: the codes of a true division, and the dynamic scale."""
+"""What the kernels of pq_ao::rope_store share: the codes of a true division."""
 
 import triton
 import triton.language as tl
 
 from pq_ao.ops.kernels.interpret import INTERPRETED, quantize, round_half_even
-from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
-from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE
-
-_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
-_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
-
-
-@triton.jit
-def dynamic_scale(absmax, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The scale of values up to absmax."""
-    scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
-    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
 
 
 @triton.jit

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, small_walsh
 from pq_ao.ops.kernels.raw_input import load_input
-from pq_ao.ops.kernels.rope_parts import divide_and_round, dynamic_scale
+from pq_ao.ops.kernels.rope_parts import divide_and_round
 
 # the number whose last bits, once it is added, are a whole number: cheaper than a conversion
 _ROUNDER = tl.constexpr(12582912.0)
@@ -123,7 +124,7 @@ def _store_head(x, ptr, rows, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def _store(
-    x, cache_ptr, token_scale_ptr, scale_ptr, shift_ptr, row, has_slot, head, is_head,
+    x, cache_ptr, token_scale_ptr, scale_ptr, clip_ptr, shift_ptr, row, has_slot, head, is_head,
     D: tl.constexpr, BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Quantizes heads and writes them at `row` [1, 8, WARPS, REPEAT, 1] of the cache."""
@@ -132,11 +133,14 @@ def _store(
         _store_head(x, cache_ptr, row * D, has_slot, PIECES)
     else:
         if DYNAMIC:
-            absmax = tl.max(tl.max(tl.abs(x[0]), axis=4, keep_dims=True), axis=0, keep_dims=True)
-            for piece in tl.static_range(1, PIECES):
-                other = tl.max(tl.max(tl.abs(x[piece]), axis=4, keep_dims=True), axis=0, keep_dims=True)
-                absmax = tl.maximum(absmax, other)
-            scale = dynamic_scale(absmax, LOW, HIGH)
+            absmax = 0.0
+            shifted = ()
+            for piece in tl.static_range(PIECES):
+                y = x[piece] - _load_table(shift_ptr, head * D, is_head, piece)
+                absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(y), axis=4, keep_dims=True), axis=0, keep_dims=True))
+                shifted = shifted + (y,)
+            x = shifted
+            scale = dynamic_scale(absmax, tl.load(clip_ptr + head, mask=is_head, other=1.0), LOW, HIGH)
             tl.store(token_scale_ptr + row, scale, mask=has_slot)
         else:
             scale = tl.load(scale_ptr + head, mask=is_head, other=1.0)
@@ -158,8 +162,8 @@ def _store(
 @triton.jit(do_not_specialize=["tokens", "slots", "table_rows"], do_not_specialize_on_alignment=["length"])
 def rope_rows_kernel(
     qkv_ptr, in_scale_ptr, in_bias_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, keys_ptr, values_ptr,
-    key_token_scale_ptr, value_token_scale_ptr, key_scale_ptr, value_scale_ptr, key_shift_ptr, value_shift_ptr,
-    start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
+    key_token_scale_ptr, value_token_scale_ptr, key_scale_ptr, value_scale_ptr, key_clip_ptr, value_clip_ptr,
+    key_shift_ptr, value_shift_ptr, start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr, IN_DTYPE: tl.constexpr,
     BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, STEPS: tl.constexpr,
@@ -195,8 +199,8 @@ def rope_rows_kernel(
         has_slot = mask & (slot >= 0) & (slot < slots)
         if is_value:
             _store(
-                x, values_ptr, value_token_scale_ptr, value_scale_ptr, value_shift_ptr, row, has_slot, head, is_head,
-                D, BITS, DYNAMIC, LOW, HIGH,
+                x, values_ptr, value_token_scale_ptr, value_scale_ptr, value_clip_ptr, value_shift_ptr, row, has_slot,
+                head, is_head, D, BITS, DYNAMIC, LOW, HIGH,
             )  # fmt: skip
         else:
             if query_norm_ptr is not None:
@@ -211,8 +215,8 @@ def rope_rows_kernel(
                 _store_head(x, query_ptr, (token.to(tl.int64) * H + head) * D, mask, D // 32)
             else:
                 _store(
-                    x, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_shift_ptr, row, has_slot, head, is_head,
-                    D, BITS, DYNAMIC, LOW, HIGH,
+                    x, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_clip_ptr, key_shift_ptr, row, has_slot, head,
+                    is_head, D, BITS, DYNAMIC, LOW, HIGH,
                 )  # fmt: skip
 
 

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, hadamard_entry, times_matrix
 from pq_ao.ops.kernels.raw_input import load_input
-from pq_ao.ops.kernels.rope_parts import divide_and_round, dynamic_scale
+from pq_ao.ops.kernels.rope_parts import divide_and_round
 from pq_ao.ops.kernels.rope_rows import RowsTiling, choose_rows_tiling, launch_rows
 from pq_ao.ops.kernels.triton_types import TRITON_TYPES
 from pq_ao.ops.quantize import code_range
@@ -74,7 +75,7 @@ def _hadamard(first, second, base_ptr, D: tl.constexpr, BASE: tl.constexpr, FLAT
 
 @triton.jit
 def _store(
-    first, second, cache_ptr, token_scale_ptr, scale_ptr, shift_ptr, row, has_slot, head, is_head, d,
+    first, second, cache_ptr, token_scale_ptr, scale_ptr, clip_ptr, shift_ptr, row, has_slot, head, is_head, d,
     D: tl.constexpr, BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Quantizes two halves [BLOCK_T, BLOCK_H, BLOCK_D] and writes them at `row` [BLOCK_T, BLOCK_H, 1] of the cache."""
@@ -86,15 +87,17 @@ def _store(
         tl.store(cache_ptr + row * D + HALF + d, second.to(dtype), mask=mask)
     else:
         if DYNAMIC:
+            clip = tl.load(clip_ptr + head, mask=is_head, other=1.0)
+        else:
+            scale = tl.load(scale_ptr + head, mask=is_head, other=1.0)
+        shift_first, shift_second = _load_halves(shift_ptr, head * D + d, is_head & (d < HALF), HALF)
+        first, second = first - shift_first, second - shift_second
+        if DYNAMIC:
             absmax = tl.maximum(
                 tl.max(tl.abs(first), axis=2, keep_dims=True), tl.max(tl.abs(second), axis=2, keep_dims=True)
             )
-            scale = dynamic_scale(absmax, LOW, HIGH)
+            scale = dynamic_scale(absmax, clip, LOW, HIGH)
             tl.store(token_scale_ptr + row, scale, mask=has_slot)
-        else:
-            scale = tl.load(scale_ptr + head, mask=is_head, other=1.0)
-            shift_first, shift_second = _load_halves(shift_ptr, head * D + d, is_head & (d < HALF), HALF)
-            first, second = first - shift_first, second - shift_second
         first, second = divide_and_round(first, scale, LOW, HIGH), divide_and_round(second, scale, LOW, HIGH)
         if BITS == 8:
             tl.store(cache_ptr + row * D + d, first.to(tl.int8), mask=mask)
@@ -121,7 +124,9 @@ def rope_store_kernel(
     value_token_scale_ptr,
     key_scale_ptr,  # float32 [G] unless DYNAMIC
     value_scale_ptr,
-    key_shift_ptr,  # float32 [G, 1, D] unless DYNAMIC
+    key_clip_ptr,  # float32 [G] if DYNAMIC
+    value_clip_ptr,
+    key_shift_ptr,  # float32 [G, 1, D] unless BITS == 16
     value_shift_ptr,
     start_ptr,  # int64
     query_ptr,  # [B * L, H, D]
@@ -170,8 +175,8 @@ def rope_store_kernel(
     has_slot = is_mine & (slot >= 0) & (slot < slots)
     if is_value:
         _store(
-            first, second, values_ptr, value_token_scale_ptr, value_scale_ptr, value_shift_ptr, row, has_slot, head,
-            is_head, d, D, BITS, DYNAMIC, LOW, HIGH,
+            first, second, values_ptr, value_token_scale_ptr, value_scale_ptr, value_clip_ptr, value_shift_ptr, row,
+            has_slot, head, is_head, d, D, BITS, DYNAMIC, LOW, HIGH,
         )  # fmt: skip
     else:
         if query_norm_ptr is not None:
@@ -194,8 +199,8 @@ def rope_store_kernel(
             tl.store(query_ptr + target + HALF, second.to(query_ptr.dtype.element_ty), mask=mask)
         else:
             _store(
-                first, second, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_shift_ptr, row, has_slot, head,
-                is_head, d, D, BITS, DYNAMIC, LOW, HIGH,
+                first, second, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_clip_ptr, key_shift_ptr, row,
+                has_slot, head, is_head, d, D, BITS, DYNAMIC, LOW, HIGH,
             )  # fmt: skip
 
 
@@ -229,9 +234,10 @@ def choose_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> Tili
 def launch(
     qkv: Tensor, cos: Tensor, sin: Tensor, base: Tensor | None, query_norm: Tensor | None, key_norm: Tensor | None,
     norm_eps: float, keys: Tensor, values: Tensor, key_token_scale: Tensor | None, value_token_scale: Tensor | None,
-    key_scale: Tensor | None, value_scale: Tensor | None, key_shift: Tensor | None, value_shift: Tensor | None,
-    start: Tensor, query: Tensor, bits: int, tiling: Tiling | RowsTiling | None = None, in_scale: Tensor | None = None,
-    in_bias: Tensor | None = None, in_dtype: torch.dtype | None = None,
+    key_scale: Tensor | None, value_scale: Tensor | None, key_clip: Tensor | None, value_clip: Tensor | None,
+    key_shift: Tensor | None, value_shift: Tensor | None, start: Tensor, query: Tensor, bits: int,
+    tiling: Tiling | RowsTiling | None = None, in_scale: Tensor | None = None, in_bias: Tensor | None = None,
+    in_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Fills `query` [B, L, H, D] and the cache; all tensors contiguous, `tiling` overrides the choice made here."""
     batch, length, heads, head_dim = query.shape
@@ -242,8 +248,8 @@ def launch(
     tiling = tiling or choose_tiling(tokens, groups, head_dim, order)
     low, high = code_range(min(bits, 8))
     tensors = (
-        query_norm, key_norm, keys, values, key_token_scale, value_token_scale, key_scale, value_scale, key_shift,
-        value_shift, start, query,
+        query_norm, key_norm, keys, values, key_token_scale, value_token_scale, key_scale, value_scale, key_clip,
+        value_clip, key_shift, value_shift, start, query,
     )  # fmt: skip
     numbers = (tokens, length, keys.shape[2], length if cos.shape[0] > 1 else 0, norm_eps)
     constants = {

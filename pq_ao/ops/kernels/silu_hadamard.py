@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import (
     bf16_parts,
@@ -25,7 +26,7 @@ from pq_ao.ops.kernels.hadamard import (
     times_matrix,
     walsh_sign,
 )
-from pq_ao.ops.kernels.silu_parts import scale_of_row, silu_times, to_codes
+from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling, launch_rows
 from pq_ao.ops.kernels.triton_types import TRITON_TYPES
 from pq_ao.ops.quantize import code_range
@@ -61,9 +62,19 @@ def _rotate_chunk(
 
 
 @triton.jit
+def _places(
+    k, column, first, group, T: tl.constexpr, L2: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_L2: tl.constexpr,
+):  # fmt: skip
+    """Where the outputs of a group stand in a row of F."""
+    l1 = first * (T // SPLIT) + group * GROUP + column // BLOCK_L2
+    return k * (T * L2) + l1 * L2 + column % BLOCK_L2
+
+
+@triton.jit
 def _do_row(
-    row, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr, first,
-    first_out, walsh,
+    row, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr, row_scale_ptr,
+    first, first_out, walsh,
     IN_DTYPE: tl.constexpr, F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr,
     FLAT: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -88,23 +99,33 @@ def _do_row(
                 F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
             )  # fmt: skip
     if DYNAMIC:
-        # what lies outside the masks is zero: those rows and columns of the two matrices are
-        absmax = tl.max(tl.max(tl.abs(y[0]), axis=1), axis=0)
-        for group in tl.static_range(1, GROUPS):
-            absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(y[group]), axis=1), axis=0))
-        scale = scale_of_row(absmax * norm, LOW, HIGH)
-        tl.store(row_scale_ptr + row, scale)
+        clip = tl.load(clip_ptr)
     else:
         scale = tl.load(scale_ptr)
     k = first_out + tl.arange(0, BLOCK_OUT)[:, None]
     column = tl.arange(0, GROUP * BLOCK_L2)[None, :]
     mask = (k < K) & (column % BLOCK_L2 < L2)
+    if DYNAMIC:
+        # what lies outside the masks is zero: those rows and columns of the two matrices are, and of the shift
+        absmax = 0.0
+        values = ()
+        for group in tl.static_range(GROUPS):
+            value = y[group] * norm
+            if shift_ptr is not None:
+                offsets = _places(k, column, first, group, T, L2, SPLIT, GROUP, BLOCK_L2)
+                value -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
+            absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(value), axis=1), axis=0))
+            values = values + (value,)
+        scale = dynamic_scale(absmax, clip, LOW, HIGH)
+        tl.store(row_scale_ptr + row, scale)
     for group in tl.static_range(GROUPS):
-        l1 = first * (T // SPLIT) + group * GROUP + column // BLOCK_L2
-        offsets = k * (T * L2) + l1 * L2 + column % BLOCK_L2
-        value = y[group] * norm
-        if shift_ptr is not None:
-            value -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
+        offsets = _places(k, column, first, group, T, L2, SPLIT, GROUP, BLOCK_L2)
+        if DYNAMIC:
+            value = values[group]
+        else:
+            value = y[group] * norm
+            if shift_ptr is not None:
+                value -= tl.load(shift_ptr + offsets, mask=mask, other=0.0)
         codes = to_codes(value, scale, codes_ptr.dtype.element_ty, LOW, HIGH)
         tl.store(codes_ptr + row * F + offsets, codes, mask=mask)
 
@@ -115,7 +136,8 @@ def silu_hadamard_kernel(
     in_scale_ptr,  # float32 [2F] or None
     in_bias_ptr,  # float32 [2F] or None
     base_ptr,  # float32 [BASE, BASE]
-    scale_ptr,  # float32 (1,); unused if DYNAMIC
+    scale_ptr,  # float32 (1,) unless DYNAMIC
+    clip_ptr,  # float32 (1,) if DYNAMIC
     shift_ptr,  # float32 [F] or None
     codes_ptr,  # [M, F] int8, float8 or, for tests, float32
     row_scale_ptr,  # float32 [M]; used if DYNAMIC
@@ -144,7 +166,7 @@ def silu_hadamard_kernel(
     walsh = tl.where((i < L2) & (j < L2), walsh_sign(i, j), 0.0).to(tl.bfloat16)
     wait(EARLY)
     _do_row(
-        program // TILES, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, shift_ptr, codes_ptr,
+        program // TILES, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr,
         row_scale_ptr, first, first_out, walsh, IN_DTYPE, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K,
         BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
     )  # fmt: skip
@@ -152,7 +174,7 @@ def silu_hadamard_kernel(
 
 @triton.jit
 def silu_quantize_kernel(
-    gate_up_ptr, in_scale_ptr, in_bias_ptr, scale_ptr, shift_ptr, codes_ptr, row_scale_ptr,
+    gate_up_ptr, in_scale_ptr, in_bias_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr, row_scale_ptr,
     IN_DTYPE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -165,12 +187,14 @@ def silu_quantize_kernel(
     wait(EARLY)
     y = silu_times(gate_up_ptr + row * (2 * F), columns, mask, in_scale_ptr, in_bias_ptr, F, IN_DTYPE)
     if DYNAMIC:
-        scale = scale_of_row(tl.max(tl.abs(y), axis=0), LOW, HIGH)
-        tl.store(row_scale_ptr + row, scale)
+        clip = tl.load(clip_ptr)
     else:
         scale = tl.load(scale_ptr)
     if shift_ptr is not None:
         y -= tl.load(shift_ptr + columns, mask=mask, other=0.0)
+    if DYNAMIC:
+        scale = dynamic_scale(tl.max(tl.abs(y), axis=0), clip, LOW, HIGH)
+        tl.store(row_scale_ptr + row, scale)
     # nothing was summed here, so codes can be those of the true division
     codes = to_codes(tl.div_rn(y, scale), 1.0, codes_ptr.dtype.element_ty, LOW, HIGH)
     tl.store(codes_ptr + row * F + columns, codes, mask=mask)
@@ -245,6 +269,7 @@ def launch(
     gate_up: Tensor,
     base: Tensor | None,
     scale: Tensor | None,
+    clip: Tensor | None,
     shift: Tensor | None,
     bits: int,
     codes: Tensor,
@@ -254,7 +279,7 @@ def launch(
     in_bias: Tensor | None = None,
     in_dtype: torch.dtype | None = None,
 ) -> None:
-    """Fills `codes` [M, F] and, if `scale` is None, `row_scale` [M] from gate_up [M, 2F], all contiguous.
+    """Fills `codes` [M, F] and, if `clip` is given, `row_scale` [M] from gate_up [M, 2F], all contiguous.
 
     float32 `codes` receive what would be quantized instead. `tiling` overrides the choice made here.
     """
@@ -262,7 +287,7 @@ def launch(
     if rows == 0:
         return
     low, high = code_range(bits)
-    dynamic = scale is None
+    dynamic = clip is not None
     constants = {
         "F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
         "IN_DTYPE": TRITON_TYPES[in_dtype or gate_up.dtype],
@@ -271,13 +296,13 @@ def launch(
         block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
         early = rows <= _EARLY_ROWS and launches_early(gate_up.device)
         silu_quantize_kernel[(rows * triton.cdiv(features, block),)](
-            gate_up, in_scale, in_bias, scale, shift, codes, row_scale, **constants, BLOCK=block, EARLY=early,
+            gate_up, in_scale, in_bias, scale, clip, shift, codes, row_scale, **constants, BLOCK=block, EARLY=early,
             num_warps=4 if block <= 4096 else 16, **launch_options(early),
         )  # fmt: skip
         return
     order = base.shape[0]
     tiling = tiling or choose_tiling(features, order, rows, dynamic)
-    tensors = (gate_up, in_scale, in_bias, base, scale, shift, codes, row_scale)
+    tensors = (gate_up, in_scale, in_bias, base, scale, clip, shift, codes, row_scale)
     constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
     if isinstance(tiling, RowsTiling):
         launch_rows(tensors, tiling, constants)

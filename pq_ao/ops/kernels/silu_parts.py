@@ -5,14 +5,10 @@ import triton.language as tl
 
 from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
-from pq_ao.ops.quantize import _OFF_THE_EDGE as OFF_THE_EDGE
-from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE
 
 # the number whose last bits, once it is added, are the rounded integer
 _ROUNDER = tl.constexpr(12582912.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_OFF_THE_EDGE = tl.constexpr(OFF_THE_EDGE)
-_MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
 
 
 @triton.jit
@@ -39,13 +35,6 @@ def silu_times(
     gate = load_input(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
     up = load_input(gate_ptr, F + columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
     return gate * _sigmoid(gate) * up
-
-
-@triton.jit
-def scale_of_row(absmax, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The dynamic scale."""
-    scale = absmax * _OFF_THE_EDGE * (2 / (HIGH - LOW))
-    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX_SCALE)
 
 
 @triton.jit

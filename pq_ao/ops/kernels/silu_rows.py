@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, hadamard_entry, join, small_walsh
-from pq_ao.ops.kernels.silu_parts import scale_of_row, silu_times, to_codes
+from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
 from pq_ao.ops.kernels.workspace import multiprocessors
 
 
@@ -70,7 +71,8 @@ def silu_rows_kernel(
     in_scale_ptr,  # float32 [2F] or None
     in_bias_ptr,
     base_ptr,  # float32 [BASE, BASE]
-    scale_ptr,  # float32 (1,); unused if DYNAMIC
+    scale_ptr,  # float32 (1,) unless DYNAMIC
+    clip_ptr,  # float32 (1,) if DYNAMIC
     shift_ptr,  # float32 [F] or None
     codes_ptr,  # [M, F] int8, float8 or, for tests, float32
     row_scale_ptr,  # float32 [M]; used if DYNAMIC
@@ -104,7 +106,9 @@ def silu_rows_kernel(
     l2 = tl.arange(0, 4)[:, None, None, None, None] * (L2 // 4) + tl.arange(0, L2 // 4)
     place = k * (T * L2) + tl.arange(0, GROUP)[None, None, :, None, None] * L2 + l2
     mask = k < K
-    if not DYNAMIC:
+    if DYNAMIC:
+        clip = tl.load(clip_ptr)
+    else:
         scale = tl.load(scale_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=1):
         gate_ptr = gate_up_ptr + row * (2 * F)
@@ -131,11 +135,17 @@ def silu_rows_kernel(
                 codes = to_codes(y, scale, codes_ptr.dtype.element_ty, LOW, HIGH)
                 tl.store(row_ptr + offsets, codes, mask=mask)
         if DYNAMIC:
-            # rows beyond K are zero: those of the base are
+            # rows beyond K are zero: those of the base and the shift are
             absmax = 0.0
+            shifted = ()
             for group in tl.static_range(T // GROUP):
-                absmax = tl.maximum(absmax, tl.max(tl.abs(tl.reshape(ys[group], (GROUP * BLOCK_K * L2,))), axis=0))
-            scale = scale_of_row(absmax, LOW, HIGH)
+                y = ys[group]
+                if shift_ptr is not None:
+                    y -= _load_as_held(shift_ptr, group * (GROUP * L2), K, T, L2, GROUP, BLOCK_K)
+                absmax = tl.maximum(absmax, tl.max(tl.abs(tl.reshape(y, (GROUP * BLOCK_K * L2,))), axis=0))
+                shifted = shifted + (y,)
+            ys = shifted
+            scale = dynamic_scale(absmax, clip, LOW, HIGH)
             tl.store(row_scale_ptr + row, scale)
             for group in tl.static_range(T // GROUP):
                 codes = to_codes(ys[group], scale, codes_ptr.dtype.element_ty, LOW, HIGH)

@@ -55,21 +55,20 @@ def _prefill(name, types, stored, *, rows=128, tile=64, warps=8, **more):
 _INT4, _INT4_BYTES = _stored("i32", 4, 8, 16), _stored("u8", 4, 2, 64)
 _INT8, _BF16, _WIDENED = _stored("i32", 8, 4, 32), _stored("bf16", 16, 1, 128), _stored("fp16", 16, 1, 128)
 _STATIC = _SCALES | _SHIFTS | _OUTPUT
+_PER_TOKEN = _SCALES | _SHIFTS | {"visible_ptr": "*i1"}
 
 SPECIMENS = [
     _decode("int4", _STATIC, _INT4, warps=1, tile=64),
     _decode("int4 by four warps", _STATIC, _INT4),
     _decode("int4 rows first", _STATIC, _INT4, slots_first=False),
-    _decode("int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4, out="fp32", constants={"PER_TOKEN": True}),
+    _decode("int4 per token", _PER_TOKEN, _INT4, out="fp32", constants={"PER_TOKEN": True}),
     _decode("int4 two queries", _STATIC, _INT4, queries=2, warps=1, tile=64, out="fp8e4nv", minimum_arch=90),
     _decode("int8", _STATIC, _INT8),
     _decode("bfloat16", {}, _BF16, slots_first=False, tile=16, out="fp32"),
     _decode("int4 of 30", _STATIC, _stored("u8", 4, 2, 15), head_dim=30, tile=16),
     _prefill("widened before", _STATIC, _WIDENED, constants={"BITS": 16}),
     _prefill("int4", _STATIC, _INT4_BYTES),
-    _prefill(
-        "int4 per token", _SCALES | {"visible_ptr": "*i1"}, _INT4_BYTES, out="fp32", constants={"PER_TOKEN": True}
-    ),
+    _prefill("int4 per token", _PER_TOKEN, _INT4_BYTES, out="fp32", constants={"PER_TOKEN": True}),
     _prefill("int8", _STATIC, _stored("i8", 8, 1, 128), rows=64, warps=4),
     _prefill("bfloat16", {}, _BF16, out="fp32"),
     Specimen(

@@ -38,11 +38,9 @@ def _specimen(
         types |= {"qkv_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
     if norms:
         types |= {"query_norm_ptr": "*bf16", "key_norm_ptr": "*bf16"}
-    if dynamic:
-        types |= {"key_token_scale_ptr": "*fp32", "value_token_scale_ptr": "*fp32"}
-    elif bits < 16:
-        kinds = ("key_scale", "value_scale", "key_shift", "value_shift")
-        types |= {f"{kind}_ptr": "*fp32" for kind in kinds}
+    if bits < 16:
+        kinds = ("token_scale", "clip", "shift") if dynamic else ("scale", "shift")
+        types |= {f"{name}_{kind}_ptr": "*fp32" for name in ("key", "value") for kind in kinds}
     aligned = tuple(types)
     types |= _SIZES
     for argument in kernel.arg_names:
@@ -62,6 +60,8 @@ SPECIMENS = [
     _specimen("decode, accumulators", 1, raw=True),
     _specimen("prefill", 8192),
     _specimen("prefill, accumulators", 8192, raw=True),
+    _specimen("decode, dynamic", 1, dynamic=True),
+    _specimen("prefill, dynamic", 8192, dynamic=True),
     _specimen("prefill, 8 bits, dynamic, norms", 8192, bits=8, dynamic=True, norms=True),
     _specimen("prefill, 16 bits", 8192, bits=16),
     _specimen("64 wide", 8192, head_dim=64),

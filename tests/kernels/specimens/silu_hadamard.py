@@ -7,7 +7,8 @@ from pq_ao.ops.kernels.silu_rows import RowsTiling, silu_rows_kernel
 from tests.kernels.specimens import Specimen
 
 _NO_ACCUMULATORS = {"in_scale_ptr": None, "in_bias_ptr": None, "IN_DTYPE": tl.bfloat16}
-_TYPES = {"gate_up_ptr": "*bf16", "scale_ptr": "*fp32", "shift_ptr": "*fp32", "row_scale_ptr": "*fp32"}
+_TYPES = {"gate_up_ptr": "*bf16", "shift_ptr": "*fp32", "row_scale_ptr": "*fp32"}
+_MODES = {False: ("scale_ptr", "clip_ptr"), True: ("clip_ptr", "scale_ptr")}  # by dynamic: used, unused
 
 
 def _specimen(
@@ -16,18 +17,16 @@ def _specimen(
 ) -> Specimen:  # fmt: skip
     """As the launcher would choose it for that many rows."""
     tiling = choose_tiling(features, order, rows, dynamic)
-    types = _TYPES | {"codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
+    used, unused = _MODES[dynamic]
+    types = _TYPES | {used: "*fp32", "codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
     constants = {
         "F": features, "BASE": order, "FOLD": tiling.fold, "T": tiling.t, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
-        "HIGH": 7, "IN_DTYPE": tl.bfloat16,
+        "HIGH": 7, "IN_DTYPE": tl.bfloat16, unused: None,
     }  # fmt: skip
     if raw:
         types |= {"gate_up_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
     else:
         constants |= _NO_ACCUMULATORS
-    if dynamic:
-        del types["shift_ptr"]
-        constants["shift_ptr"] = None
     aligned = tuple(types)
     if isinstance(tiling, RowsTiling):
         l2 = features // (order * tiling.fold * tiling.t)
@@ -48,6 +47,18 @@ def _specimen(
     )  # fmt: skip
 
 
+def _unrotated(name: str, dynamic: bool) -> Specimen:
+    used, unused = _MODES[dynamic]
+    constants = {
+        "F": 14336, "BLOCK": 16384 if dynamic else 2048, "DYNAMIC": dynamic, "LOW": -8, "HIGH": 7, "EARLY": False,
+        unused: None,
+    }  # fmt: skip
+    return Specimen(
+        name, silu_quantize_kernel, _TYPES | {used: "*fp32", "codes_ptr": "*i8"}, constants | _NO_ACCUMULATORS,
+        {"num_warps": 16 if dynamic else 4}, aligned=("gate_up_ptr", "codes_ptr"),
+    )  # fmt: skip
+
+
 SPECIMENS = [
     _specimen("14336 decode", 14336, 28, 1),
     _specimen("14336 decode, early", 14336, 28, 1, early=True),
@@ -56,15 +67,13 @@ SPECIMENS = [
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators", 14336, 28, 8192, raw=True),
     _specimen("14336 prefill, dynamic", 14336, 28, 8192, dynamic=True),
+    _specimen("14336 decode, dynamic", 14336, 28, 1, dynamic=True),
     _specimen("8192 prefill", 8192, 1, 8192),
     _specimen("12288 prefill", 12288, 12, 8192),
     _specimen("28672 prefill", 28672, 28, 8192),
     _specimen("11008 prefill", 11008, 172, 8192),
     _specimen("8192 decode", 8192, 1, 1),
     _specimen("18 with a DCT", 18, 9, 1, flat=False),
-    Specimen(
-        "silu_quantize", silu_quantize_kernel, _TYPES | {"codes_ptr": "*i8"},
-        {"F": 14336, "BLOCK": 2048, "DYNAMIC": False, "LOW": -8, "HIGH": 7, "EARLY": False} | _NO_ACCUMULATORS,
-        {"num_warps": 4}, aligned=("gate_up_ptr", "codes_ptr"),
-    ),
-]  # fmt: skip
+    _unrotated("silu_quantize", dynamic=False),
+    _unrotated("silu_quantize, dynamic", dynamic=True),
+]
