@@ -1,7 +1,9 @@
 """`calibrate`: the pipeline that decides every scale and every weight code, block by block on the quantized path."""
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -9,23 +11,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pq_ao import __version__
+from pq_ao.block_calibration import block_tensors, calibrate_block, cast_block, restore_block, store_prefix
+from pq_ao.block_sites import BlockSites
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
-from pq_ao.data import calibration_windows
-from pq_ao.families import DecoderFamily, family_of
+from pq_ao.data import TextSource, calibration_windows
+from pq_ao.families import family_of
+from pq_ao.finetune import FinetuneConfig, Finetuner, Pairs
+from pq_ao.fingerprint import fingerprint
+from pq_ao.journal import CalibrationJournal
 from pq_ao.linears import CalibratedLinear
-from pq_ao.modules import PrefixAttention, on_path, path_switches
+from pq_ao.modules import on_path, path_switches
 from pq_ao.prefix import PrefixReport, find_prefix, outlier_statistics
-from pq_ao.quantizers import FixedDtype, Path
+from pq_ao.quantizers import Path
 from pq_ao.rotation import begin_rotation, check_weights
-from pq_ao.rounding import LayerInputs, corrected_bias, round_nearest
-from pq_ao.scale_search import BlockSites, search_activations, search_keys, search_values
-from pq_ao.tensors import PackedWeight
+from pq_ao.rounding import ROUNDINGS
+from pq_ao.scale_search import Found
+from pq_ao.streams import STORAGES, Storage, Stream
 
 SEARCHES = ("none", "tensor", "block")
-ROUNDINGS = ("nearest",)
-
-# tokens that run through a block at once: bounds the memory of its activations
-_TOKENS_AT_ONCE = 8192
 
 
 @dataclass
@@ -35,8 +39,9 @@ class CalibrationRecord:
     Attributes:
         config: the scheme.
         prefix: the prefix and how well it holds.
-        data, num_sequences, sequence_length, rounding, search, seed: arguments of `calibrate`.
-        scales: by layer, each static scale, and its factor on the absmax scale as "<name>_factor".
+        data, num_sequences, sequence_length, rounding, search, finetune, seed: arguments of `calibrate`.
+        scales: by layer, each static scale or clip factor, and the factor on the absmax scale as "<name>_factor".
+        finetuning: by layer, how it went (`pq_ao.finetune.BlockHistory`); empty without.
         seconds: wall time.
     """
 
@@ -47,8 +52,10 @@ class CalibrationRecord:
     sequence_length: int
     rounding: str
     search: str
+    finetune: FinetuneConfig | None
     seed: int
-    scales: list[dict[str, float | list[float]]] = field(default_factory=list)
+    scales: list[Found] = field(default_factory=list)
+    finetuning: list[dict] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict:
@@ -62,13 +69,16 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     config: PrefixQuantConfig | None = None,
     *,
-    data="embedded",
+    data: TextSource = "embedded",
     num_sequences: int = 16,
     sequence_length: int = 2048,
     rounding: str = "nearest",
     search: str = "tensor",
+    finetune: FinetuneConfig | None = None,
     prefix_ids: Sequence[int] | None = None,
     seed: int = 0,
+    storage: Storage = "device",
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CalibrationRecord:
     """Rotates the model, finds its prefix, searches the scales and rounds the weights; in place.
@@ -84,18 +94,23 @@ def calibrate(
             (see `pq_ao.data.load_text`).
         num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
             distances that they are seen at.
-        rounding: "nearest" (searched clipping of each output channel).
-        search: objective for the static activation scales: "tensor" (the activation's own squared error), "block"
-            (that of the block's output, method section 4.2) or "none" (min-max).
+        rounding: "nearest", or "gptq": error-compensating, more accurate and slower.
+        search: objective for static scales and clip factors of activations: "tensor" (the activation's own squared
+            error), "block" (that of the block's output, method section 4.2) or "none" (min-max).
+        finetune: trains each block after its rounding (see `FinetuneConfig`); None for not.
         prefix_ids: a prefix of your own instead of the rule's.
-        seed: draws the rotation and the windows.
+        seed: draws the rotation, the windows and the order of training.
+        storage: where the hidden states of the sequences lie: "device", "host" or "disk" (a memory-mapped temporary
+            file).
+        resume: a folder that keeps every finished block; the same call goes on from there after an interruption.
         progress: show progress bars.
 
     Returns:
         The record, also kept as `model.calibration_record`.
 
     Raises:
-        ValueError: unsupported model or argument, too little text, NaN or Inf in weights or activations.
+        ValueError: unsupported model or argument, too little text, NaN or Inf in weights or activations, or a `resume`
+            folder that is damaged or belongs to another run.
 
     Example::
 
@@ -104,132 +119,127 @@ def calibrate(
     """
     started = time.perf_counter()
     config = config or prefixquant_config()
-    _check_arguments(model, config, rounding, search, prefix_ids)
+    _check_arguments(model, config, rounding, search, finetune, prefix_ids, storage)
     check_weights(model)
-    windows = calibration_windows(tokenizer, data, num_sequences, sequence_length, seed)
+    held_out = 0 if finetune is None else finetune.validation_sequences
+    windows = calibration_windows(tokenizer, data, num_sequences + held_out, sequence_length, seed)
+    train, validation = windows[:num_sequences], windows[num_sequences:]
     if config.prefix:
-        prefix = find_prefix(model, tokenizer, windows, prefix_ids, progress)
+        prefix = find_prefix(model, tokenizer, train, prefix_ids, progress)
     else:
-        prefix = PrefixReport((), statistics=outlier_statistics(model, windows, progress=progress))
+        prefix = PrefixReport((), statistics=outlier_statistics(model, train, progress=progress))
     described = data if isinstance(data, str) else f"{type(data).__name__}"
-    record = CalibrationRecord(config, prefix, described, num_sequences, sequence_length, rounding, search, seed)
-
-    family, dtype = family_of(model), model.dtype
-    rotator = begin_rotation(model, config, seed=seed, block_dtype=torch.float32)
-    body = _Stream(model, family, windows, first_position=0)
-    head = _Stream(model, family, torch.tensor([prefix.prefix_ids], dtype=torch.int64), -len(prefix.prefix_ids))
-    layers = model.get_submodule(family.layers)
-    for index, layer in enumerate(tqdm(layers, desc="calibrating", unit="block", disable=not progress)):
-        rotator.replace(layer, index)  # in float32, one block at a time
-        if prefix.prefix_ids:
-            _store_prefix(layer, family, head)
-        record.scales.append(_calibrate_block(layer, family, config, body, search))
-        with on_path(path_switches(layer), Path.REFERENCE):
-            body.advance(layer)
-        _cast_block(layer, dtype)
+    record = CalibrationRecord(
+        config, prefix, described, num_sequences, sequence_length, rounding, search, finetune, seed
+    )
+    with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
+        _Pipeline(model, record, train, validation, storage, progress).run(journal)
     record.seconds = time.perf_counter() - started
     model.calibration_record = record
     return record
 
 
-class _Stream:
-    """Hidden states of some sequences on their way through the blocks.
+class _Pipeline:
+    """The blocks of one model, from first to last.
 
-    Attributes:
-        hidden: float32 [N, T, d].
-        position_embeddings: cos and sin, [1, T, D].
-        mask: bool [1, 1, T, T], causal.
+    Args:
+        model: still untouched.
+        record: says what to do, and receives what was found.
+        train, validation: int64 [N, T] windows; no validation without fine-tuning.
+        storage: of the hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, family: DecoderFamily, ids: Tensor, first_position: int):
-        length = ids.shape[1]
-        ids = ids.to(model.device)
-        self.hidden = model.get_submodule(family.embedding)(ids).float()
-        positions = torch.arange(first_position, first_position + length, device=model.device)
-        self.position_embeddings = model.get_submodule(family.rotary)(self.hidden, positions.unsqueeze(0))
-        self.mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=model.device).tril()
-        self.batch_size = max(1, _TOKENS_AT_ONCE // max(1, length))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        record: CalibrationRecord,
+        train: Tensor,
+        validation: Tensor,
+        storage: Storage,
+        progress: bool,
+    ):
+        self.record, self.progress, self.dtype = record, progress, model.dtype
+        self.family = family_of(model)
+        self.rotator = begin_rotation(model, record.config, seed=record.seed, block_dtype=torch.float32)
+        self.layers = model.get_submodule(self.family.layers)
+        prefix = torch.tensor([record.prefix.prefix_ids], dtype=torch.int64)
+        self.head = Stream(model, self.family, prefix, first_position=-prefix.shape[1])
+        self.body, self.floats = (Stream(model, self.family, train, storage=storage) for _ in range(2))
+        self.validation = ()
+        if record.finetune is not None:
+            self.validation = tuple(Stream(model, self.family, validation, storage=storage) for _ in range(2))
+        self.finetuner: Finetuner | None = None
 
-    def batches(self, limit: int | None = None) -> list[Tensor]:
-        """The first `limit` sequences, some at a time."""
-        return list(self.hidden[:limit].split(self.batch_size))
+    def run(self, journal: CalibrationJournal | None) -> None:
+        """Calibrates all blocks; those that the journal holds are restored."""
+        finished = 0 if journal is None else journal.finished
+        for index, layer in enumerate(tqdm(self.layers, "calibrating", unit="block", disable=not self.progress)):
+            self.rotator.replace(layer, index)  # in float32, one block at a time
+            if self.record.prefix.prefix_ids:
+                store_prefix(layer, self.family, self.head)
+            if index < finished:
+                tensors, facts = journal.read(index)
+                restore_block(layer, tensors)
+                self._advance_floats(layer)
+            else:
+                facts = self._calibrate(layer, index)
+                if journal is not None:
+                    journal.keep(index, block_tensors(layer), facts)
+            self.record.scales.append(facts["scales"])
+            if "finetuning" in facts:
+                self.record.finetuning.append(facts["finetuning"])
+            with on_path(path_switches(layer), Path.REFERENCE):
+                for stream in (self.body, *self.validation[:1]):
+                    stream.advance(layer)
+            cast_block(layer, self.dtype)
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """One decoder block on [n, T, d]."""
-        return layer(hidden, attention_mask=self.mask, position_embeddings=self.position_embeddings)
+    def _calibrate(self, layer: nn.Module, index: int) -> dict:
+        """One block; the quantized path is still in front of it afterwards, the other behind."""
+        record = self.record
+        sites = BlockSites(layer, self.family, self.body, self.floats)
+        scales, rounded = calibrate_block(sites, record.config, record.rounding, record.search)
+        self._advance_floats(layer)
+        if record.finetune is None:
+            return {"scales": scales}
+        self.finetuner = self.finetuner or Finetuner(layer, record.finetune, record.seed, self.progress)
+        pairs = Pairs(self.body, self.floats), Pairs(*self.validation)
+        history = self.finetuner.train(layer, index, rounded, *pairs)
+        return {"scales": scales, "finetuning": history.to_dict()}
 
-    def advance(self, layer: nn.Module) -> None:
-        """Moves all sequences through `layer`, in place."""
-        for batch in self.batches():
-            batch.copy_(self.run(layer, batch))
-
-
-def _attention(layer: nn.Module, family: DecoderFamily) -> PrefixAttention:
-    return layer.get_submodule(family.attention)
-
-
-def _store_prefix(layer: nn.Module, family: DecoderFamily, head: _Stream) -> None:
-    """Keeps the prefix's keys and values of this block in full precision (method section 3.3), then moves it on."""
-    attention = _attention(layer, family)
-    normed = layer.get_submodule(family.attention_norm)(head.hidden)
-    _, key, value = attention.project(normed, head.position_embeddings)
-    head.advance(layer)  # the prefix sees itself as ordinary causal tokens, so before it becomes a prefix
-    attention.prefix_k, attention.prefix_v = key[0].contiguous(), value[0].contiguous()
+    def _advance_floats(self, layer: nn.Module) -> None:
+        for stream in (self.floats, *self.validation[1:]):
+            stream.advance(layer)
 
 
-def _calibrate_block(
-    layer: nn.Module, family: DecoderFamily, config: PrefixQuantConfig, body: _Stream, search: str
-) -> dict:
-    attention, mlp = _attention(layer, family), layer.get_submodule(family.mlp)
-    sites = BlockSites(layer, family, body)
-    scales: dict[str, float | list[float]] = {}
-    if config.mode == "static":
-        scales |= search_activations(sites, sites.observe(), config.act_bits, search)
-        if config.kv_bits < 16:
-            scales |= search_values(sites, config.kv_bits, search)
-            scales |= search_keys(sites, config.kv_bits, search)
-    inputs = sites.layer_inputs()
-    linears: dict[str, CalibratedLinear] = {
-        "attn_in": attention.qkv_proj,
-        "o_in": attention.o_proj,
-        "mlp_in": mlp.gate_up_proj,
-        "down_in": mlp.down_proj,
+def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -> dict:
+    """What the result of a calibration depends on, for its journal."""
+    known = record.to_dict()
+    names = ("config", "num_sequences", "sequence_length", "rounding", "search", "finetune", "seed")
+    return {name: known[name] for name in names} | {
+        "prefix_ids": list(record.prefix.prefix_ids),
+        "weights": fingerprint(model.named_parameters()),
+        "windows": fingerprint([("windows", windows)]),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "pq_ao": __version__,
     }
-    for site, linear in linears.items():
-        _round(linear, inputs[site], config)
-    return scales
-
-
-def _round(linear: CalibratedLinear, inputs: LayerInputs, config: PrefixQuantConfig) -> None:
-    codes, scale = round_nearest(linear.weight, config.weight_bits, inputs)
-    linear.packed = PackedWeight.from_codes(codes, scale, config.weight_bits, linear.fixed_dtype)
-    bias = None if linear.bias is None else linear.bias.float()
-    if config.mode == "static":
-        bias = corrected_bias(linear.weight, bias, codes, scale, inputs)
-    linear.packed_bias = bias
-
-
-def _cast_block(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Float weights and prefix to the model's dtype; codes and scales stay as they are."""
-    for module in layer.modules():
-        if isinstance(module, CalibratedLinear):
-            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
-            if module.bias is not None:
-                module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
-            packed = module.packed
-            module.packed = PackedWeight(packed.qdata, packed.scale, packed.in_features, dtype)
-        if isinstance(module, PrefixAttention):
-            module.prefix_k, module.prefix_v = module.prefix_k.to(dtype), module.prefix_v.to(dtype)
-        if isinstance(module, FixedDtype):
-            module.fixed_dtype = dtype
 
 
 def _check_arguments(
-    model: PreTrainedModel, config: PrefixQuantConfig, rounding: str, search: str, prefix_ids: Sequence[int] | None
+    model: PreTrainedModel,
+    config: PrefixQuantConfig,
+    rounding: str,
+    search: str,
+    finetune: FinetuneConfig | None,
+    prefix_ids: Sequence[int] | None,
+    storage: str,
 ) -> None:
     if not isinstance(config, PrefixQuantConfig):
         raise TypeError(f"config: got {type(config).__name__}; pass a PrefixQuantConfig, from prefixquant_config().")
-    for name, value, allowed in (("rounding", rounding, ROUNDINGS), ("search", search, SEARCHES)):
+    if finetune is not None and not isinstance(finetune, FinetuneConfig):
+        raise TypeError(f"finetune: got {type(finetune).__name__}; pass a pq_ao.FinetuneConfig, or None.")
+    choices = (("rounding", rounding, tuple(ROUNDINGS)), ("search", search, SEARCHES), ("storage", storage, STORAGES))
+    for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; use one of {allowed}.")
     if prefix_ids is not None and not config.prefix:

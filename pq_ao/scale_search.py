@@ -1,164 +1,54 @@
-"""Static scales of one block: statistics pass and MSE search (method section 4, in its corrected form).
+"""Shifts, static scales and clip factors of one block, by MSE search (method section 4, in its corrected form).
 
-Activation objectives: "tensor", the activation's own squared error, scored on a histogram; "block", the error of the
-block's output with only that quantizer on. Grids are plain factors on the absmax scale; every run is masked causally
-and sees the prefix.
+A factor multiplies the absmax of all tokens (static: a scale) or that of each token (dynamic: a clip factor).
+Objectives for activations: "tensor", the activation's own squared error; "block", the error of the block's output with
+that quantizer on. Grids are plain; every run is masked causally and sees the prefix.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pq_ao.families import DecoderFamily
+from pq_ao.block_sites import BlockSites, SiteRange
+from pq_ao.fake_quantize import fake_quantize
 from pq_ao.modules import on_path
-from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize
-from pq_ao.quantizers import ActivationQuantizer, Path
-from pq_ao.rounding import LayerInputs
+from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize_per_row
+from pq_ao.quantizers import Path
 
-SITES = ("attn_in", "o_in", "mlp_in", "down_in")
-
-# factors on the absmax scale; o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
+# o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
 _ACTIVATION_GRID = tuple(round(0.10 + 0.02 * i, 3) for i in range(46))
 _BLOCK_COARSE = tuple(round(0.10 + 0.05 * i, 3) for i in range(19))
 _BLOCK_FINE = (-0.04, -0.03, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04)
 _KV_COARSE = tuple(round(1 - i / 20, 3) for i in range(13))
 _KV_FINE = (-0.025, 0.025)
+# a token's own absmax is far nearer to its other values than that of all tokens
+_CLIP_GRID = tuple(round(0.40 + 0.02 * i, 3) for i in range(31))
 
-_SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
 _SEARCH_QUERIES = 128  # of each sequence, evenly spread, for the key search: keys matter to all of them alike
-_HISTOGRAM_BINS = 16384
-_RECORDED_BYTES = 2**31  # of a block's linear inputs, kept between passes where they fit
+
+# what the record says of a site or of keys or values: "<name>" and "<name>_factor"
+Found = dict[str, float | list[float]]
 
 
-@dataclass
-class SiteRange:
-    """Range of one activation site, its shift taken off.
-
-    Attributes:
-        absmax: largest |x| over all tokens.
-        histogram: float64 [bins] of x over [-absmax, absmax].
-    """
-
-    absmax: float
-    histogram: Tensor
-
-
-class BlockSites:
-    """A decoder block, the hidden states that enter it, and its quantizers by name.
-
-    Args:
-        layer: decoder layer with our modules, on the FLOAT path.
-        body: the calibration sequences on their way (`pq_ao.calibration`).
-    """
-
-    def __init__(self, layer: nn.Module, family: DecoderFamily, body):
-        self.layer, self.body = layer, body
-        self.attention = layer.get_submodule(family.attention)
-        self.norm = layer.get_submodule(family.attention_norm)
-        self.tokens = body.hidden.shape[0] * body.hidden.shape[1]
-        self._recorded: list[tuple[str, Tensor]] | None = None
-        self.quantizers: dict[str, ActivationQuantizer] = {
-            "attn_in": self.norm.quantizer,
-            "o_in": self.attention.o_in,
-            "mlp_in": layer.get_submodule(family.mlp_norm).quantizer,
-            "down_in": layer.get_submodule(family.mlp).down_in,
-        }
-
-    def observe(self) -> dict[str, SiteRange]:
-        """Static mode: means and extremes over all sequences, from which come the shifts; then histograms.
-
-        Raises:
-            ValueError: an activation is NaN or Inf.
-        """
-        sums: dict[str, Tensor] = {}
-        low: dict[str, Tensor] = {}
-        high: dict[str, Tensor] = {}
-
-        def extremes(site: str, x: Tensor) -> None:
-            rows = x.flatten(0, -2)
-            _accumulate(sums, site, rows.sum(dim=0, dtype=torch.float64))
-            _accumulate(low, site, rows.amin(dim=0), torch.minimum)
-            _accumulate(high, site, rows.amax(dim=0), torch.maximum)
-
-        self._watch(extremes)
-        absmax = {}
-        for site, quantizer in self.quantizers.items():
-            quantizer.shift.copy_(sums[site] / self.tokens)
-            absmax[site] = float(torch.maximum(high[site] - quantizer.shift, quantizer.shift - low[site]).amax())
-            if not absmax[site] < float("inf"):  # catches NaN as well
-                raise ValueError(f"model: the activation {site} of a block is {absmax[site]}; check weights and data.")
-        histograms: dict[str, Tensor] = {}
-
-        def histogram(site: str, x: Tensor) -> None:
-            x = x - self.quantizers[site].shift
-            _accumulate(histograms, site, torch.histc(x, _HISTOGRAM_BINS, -absmax[site], absmax[site]).double())
-
-        self._watch(histogram)
-        return {site: SiteRange(absmax[site], histograms[site]) for site in SITES}
-
-    def layer_inputs(self) -> dict[str, LayerInputs]:
-        """A pass over all sequences, with the scales that are set now: what rounding needs (`pq_ao.rounding`)."""
-        grams: dict[str, Tensor] = {}
-        crosses: dict[str, Tensor] = {}
-        sums: dict[str, Tensor] = {}
-
-        def products(site: str, x: Tensor) -> None:
-            quantizer = self.quantizers[site]
-            z = dequantize(*quantizer.codes(x)).flatten(0, -2)
-            x = x.flatten(0, -2)
-            x = x if quantizer.shift is None else x - quantizer.shift
-            _accumulate(grams, site, z.T @ z)
-            _accumulate(crosses, site, z.T @ x)
-            _accumulate(sums, site, z.sum(dim=0, dtype=torch.float64))
-
-        self._watch(products)
-        return {
-            site: LayerInputs(grams[site], crosses[site], quantizer.shift, (sums[site] / self.tokens).float())
-            for site, quantizer in self.quantizers.items()
-        }
-
-    def _watch(self, observer) -> None:
-        """Shows `observer` the input of every site, batch by batch; the block runs again only if they were too many."""
-        if self._recorded is not None:
-            for site, x in self._recorded:
-                observer(site, x)
-            return
-        recorded: list[tuple[str, Tensor]] = []
-        seen = 0
-
-        def notice(site: str, x: Tensor) -> None:
-            nonlocal seen
-            observer(site, x)
-            seen += x.nbytes
-            if seen <= _RECORDED_BYTES:
-                recorded.append((site, x))
-            else:
-                recorded.clear()
-
-        for site, quantizer in self.quantizers.items():
-            quantizer.observer = lambda x, site=site: notice(site, x)
-        try:
-            for batch in self.body.batches():
-                self.body.run(self.layer, batch)
-        finally:
-            for quantizer in self.quantizers.values():
-                quantizer.observer = None
-        if seen <= _RECORDED_BYTES:
-            self._recorded = recorded
-
-    @cached_property
-    def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """q [1, H, T, D], k and v [1, G, T, D] of the first sequences, in float32."""
-        return [
-            tuple(t.float() for t in self.attention.project(self.norm(hidden), self.body.position_embeddings))
-            for hidden in self.body.hidden[:_SEARCH_SEQUENCES].split(1)
-        ]
-
-
-def _accumulate(totals: dict[str, Tensor], site: str, value: Tensor, join=torch.add) -> None:
-    totals[site] = join(totals[site], value) if site in totals else value
+def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> Found:
+    """Sets shift and static scale, or clip factor, of an activation site; `search` is "tensor", "block" or "none"."""
+    quantizer = sites.quantizers[site]
+    if quantizer.dynamic:
+        sites.set_shift(site)
+        target, start = quantizer.clip, 1.0
+        error = _clip_errors(sites, site, bits) if search == "tensor" else {}
+    else:
+        extent = sites.range(site)
+        target, start = quantizer.scale, float(absmax_scale(torch.tensor(extent.absmax), bits))
+        error = {f: _histogram_error(extent, start * f, bits) for f in _ACTIVATION_GRID if search == "tensor"}
+    factor = 1.0
+    if search == "tensor":
+        factor = min(error, key=error.__getitem__)
+    elif search == "block":
+        factor = _search_block(sites, site, lambda f: target.fill_(start * f))
+    target.fill_(start * factor)
+    return {site: start * factor, f"{site}_factor": factor}
 
 
 def _histogram_error(site: SiteRange, scale: float, bits: int) -> float:
@@ -170,29 +60,25 @@ def _histogram_error(site: SiteRange, scale: float, bits: int) -> float:
     return float((site.histogram * error.square()).sum())
 
 
-def search_activations(sites: BlockSites, ranges: dict[str, SiteRange], bits: int, search: str) -> dict[str, float]:
-    """Sets the four static activation scales; returns them with their factors."""
-    found: dict[str, float] = {}
-    for site in ("o_in", "down_in", "attn_in", "mlp_in"):  # the order of method section 4.2
-        start = float(absmax_scale(torch.tensor(ranges[site].absmax), bits))
-        factor = 1.0
-        if search == "tensor":
-            factor = min(_ACTIVATION_GRID, key=lambda f: _histogram_error(ranges[site], start * f, bits))
-        elif search == "block":
-            factor = _search_block(sites, site, start)
-        sites.quantizers[site].scale.fill_(start * factor)
-        found |= {site: start * factor, f"{site}_factor": factor}
-    return found
+def _clip_errors(sites: BlockSites, site: str, bits: int) -> dict[float, float]:
+    shift = sites.quantizers[site].shift
+    errors = torch.zeros(len(_CLIP_GRID), dtype=torch.float64, device=shift.device)
+    for x in sites.inputs(site):
+        x = x - shift
+        for index, factor in enumerate(_CLIP_GRID):
+            restored = dequantize(*quantize_per_row(x, torch.full((1,), factor, device=x.device), bits))
+            errors[index] += (restored - x).square().sum(dtype=torch.float64)
+    return dict(zip(_CLIP_GRID, errors.tolist(), strict=True))
 
 
-def _search_block(sites: BlockSites, site: str, start: float) -> float:
-    """Factor with the least error of the block's output, only this quantizer on; ties to the larger factor."""
-    batches = sites.body.batches(_SEARCH_SEQUENCES)
+def _search_block(sites: BlockSites, site: str, set_factor: Callable[[float], object]) -> float:
+    """Factor with the least error of the block's output, this quantizer and those before on; ties to the larger."""
+    batches = sites.search_batches()
     targets = [sites.body.run(sites.layer, batch) for batch in batches]
     quantizer = sites.quantizers[site]
 
     def loss(factor: float) -> float:
-        quantizer.scale.fill_(start * factor)
+        set_factor(factor)
         total = 0.0
         with on_path([quantizer], Path.REFERENCE):
             for batch, target in zip(batches, targets, strict=True):
@@ -205,8 +91,8 @@ def _search_block(sites: BlockSites, site: str, start: float) -> float:
     return min(losses, key=lambda f: (losses[f], -f))
 
 
-def _best_by_head(start: Tensor, search: str, loss) -> tuple[Tensor, Tensor]:
-    """Factor and scale of each KV head by a plain grid; `loss` maps scales [G] to errors [G]."""
+def _best_by_head(start: Tensor, search: str, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Factor and scale (or clip factor) of each KV head by a plain grid; `loss` maps those [G] to errors [G]."""
     best = torch.ones_like(start)
     if search == "none":
         return best, start
@@ -221,27 +107,47 @@ def _best_by_head(start: Tensor, search: str, loss) -> tuple[Tensor, Tensor]:
     return best, start * best
 
 
-def search_values(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
-    """Sets the value shifts and scales, each head by the squared error of its values."""
+def _search_heads(
+    sites: BlockSites, name: str, heads: Tensor, bits: int, search: str, loss: Callable[[Callable], Tensor]
+) -> Found:
+    """Sets scale or clip factor of "key" or "value" by head.
+
+    Args:
+        heads: [n, G, T, D], the shift taken off.
+        loss: maps a function that quantizes and restores heads to errors [G].
+    """
+    kv = sites.attention.kv
+    if kv.dynamic:
+        start, target = torch.ones(heads.shape[1], device=heads.device), kv.get_buffer(f"{name}_clip")
+    else:
+        start = absmax_scale(heads.abs().amax(dim=(0, 2, 3)), bits)
+        target = kv.get_buffer(f"{name}_scale")
+
+    def restore(x: Tensor, value: Tensor) -> Tensor:
+        value = value.view(-1, 1, 1)
+        return dequantize(*quantize_per_row(x, value, bits)) if kv.dynamic else fake_quantize(x, value, bits)
+
+    factor, found = _best_by_head(start, search, lambda value: loss(lambda x: restore(x, value)))
+    target.copy_(found)
+    return {name: found.tolist(), f"{name}_factor": factor.tolist()}
+
+
+def search_values(sites: BlockSites, bits: int, search: str) -> Found:
+    """Sets shift and scale (or clip factor) of the values, each head by the squared error of its values."""
     values = torch.cat([value for _, _, value in sites.heads])  # [n, G, T, D]
     shift = values.mean(dim=(0, 2), keepdim=True)[0]
     sites.attention.kv.value_shift.copy_(shift)
     values = values - shift
-
-    def loss(scale: Tensor) -> Tensor:
-        scale = scale.view(-1, 1, 1)
-        return (dequantize(quantize(values, scale, bits), scale) - values).square().sum(dim=(0, 2, 3))
-
-    factor, scale = _best_by_head(absmax_scale(values.abs().amax(dim=(0, 2, 3)), bits), search, loss)
-    sites.attention.kv.value_scale.copy_(scale)
-    return {"value": scale.tolist(), "value_factor": factor.tolist()}
+    return _search_heads(
+        sites, "value", values, bits, search, lambda restore: (restore(values) - values).square().sum(dim=(0, 2, 3))
+    )
 
 
-def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[float]]:
-    """Sets the key shifts and scales, each head by the squared error of its attention output, prefix and mask included.
+def search_keys(sites: BlockSites, bits: int, search: str) -> Found:
+    """Sets shift and scale (or clip factor) of the keys, each head by the squared error of its attention output.
 
-    The output, not the probabilities alone as in method section 4.2: an error on a token whose value matters little
-    should count little.
+    Prefix and mask included. The output, not the probabilities alone as in method section 4.2: an error on a token
+    whose value matters little should count little.
     """
     attention = sites.attention
     groups = attention.kv_heads
@@ -260,16 +166,12 @@ def search_keys(sites: BlockSites, bits: int, search: str) -> dict[str, list[flo
         probabilities = torch.softmax(scores, dim=-1).flatten(1, 2)
         return probabilities @ torch.cat((prefix_v, value[0]), dim=1)
 
-    def loss(scale: Tensor) -> Tensor:
-        scale = scale.view(-1, 1, 1)
-        total = torch.zeros(groups, device=scale.device)
+    targets = [outputs(*head) for head in heads]
+
+    def loss(restore: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(groups, device=shift.device)
         for (query, key, value), target in zip(heads, targets, strict=True):
-            error = outputs(query, dequantize(quantize(key, scale, bits), scale), value) - target
-            total += error.square().sum(dim=(1, 2))
+            total += (outputs(query, restore(key), value) - target).square().sum(dim=(1, 2))
         return total
 
-    targets = [outputs(*head) for head in heads]
-    absmax = torch.stack([key.abs().amax(dim=(0, 2, 3)) for _, key, _ in heads]).amax(dim=0)
-    factor, scale = _best_by_head(absmax_scale(absmax, bits), search, loss)
-    attention.kv.key_scale.copy_(scale)
-    return {"key": scale.tolist(), "key_factor": factor.tolist()}
+    return _search_heads(sites, "key", torch.cat([key for _, key, _ in heads]), bits, search, loss)

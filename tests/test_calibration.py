@@ -9,7 +9,7 @@ import pq_ao
 from pq_ao.linears import CalibratedLinear
 from pq_ao.ops import dequantize, quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
-from pq_ao.scale_search import SITES
+from pq_ao.block_sites import SITES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_sequences": 4, "sequence_length": 64, "progress": False}
@@ -39,7 +39,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(make_tiny, tiny_
 def test_number_of_sequences_at_once_changes_no_scale(make_tiny, tiny_tokenizer, english, monkeypatch):
     found = []
     for tokens in (64, 8192):
-        monkeypatch.setattr("pq_ao.calibration._TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("pq_ao.streams._TOKENS_AT_ONCE", tokens)
         record = _calibrate(make_tiny("llama"), tiny_tokenizer, english)
         found.append([[scales[f"{site}_factor"] for site in SITES] for scales in record.scales])
     assert found[0] == found[1]

@@ -1,0 +1,157 @@
+"""What flows through a decoder block in calibration: the inputs of its four linears, its keys and its values."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pq_ao.families import DecoderFamily
+from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import on_path, path_switches
+from pq_ao.ops.quantize import dequantize
+from pq_ao.quantizers import ActivationQuantizer, Path
+from pq_ao.rounding import LayerInputs
+from pq_ao.streams import Stream
+
+# A1 to A4 (method section 1.2) in the order that a block reaches them
+SITES = ("attn_in", "o_in", "mlp_in", "down_in")
+
+_SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
+_HISTOGRAM_BINS = 16384
+_RECORDED_BYTES = 2**31  # of a site's inputs, kept between passes where they fit
+
+
+@dataclass
+class SiteRange:
+    """Range of one activation site, its shift taken off.
+
+    Attributes:
+        absmax: largest |x| over all tokens.
+        histogram: float64 [bins] of x over [-absmax, absmax].
+    """
+
+    absmax: float
+    histogram: Tensor
+
+
+class BlockSites:
+    """A decoder block, the sequences that enter it, and its quantizers and linears by site.
+
+    A pass runs the block as its switches stand: what was rounded and is on the REFERENCE path is quantized already.
+
+    Args:
+        layer: decoder layer with our modules.
+        family: where they are.
+        body: the sequences on the quantized path.
+        floats: the same on the floating-point path.
+    """
+
+    def __init__(self, layer: nn.Module, family: DecoderFamily, body: Stream, floats: Stream):
+        self.layer, self.body, self.floats = layer, body, floats
+        self.attention = layer.get_submodule(family.attention)
+        self.norm = layer.get_submodule(family.attention_norm)
+        mlp = layer.get_submodule(family.mlp)
+        self.quantizers: dict[str, ActivationQuantizer] = {
+            "attn_in": self.norm.quantizer,
+            "o_in": self.attention.o_in,
+            "mlp_in": layer.get_submodule(family.mlp_norm).quantizer,
+            "down_in": mlp.down_in,
+        }
+        self.linears: dict[str, CalibratedLinear] = {
+            "attn_in": self.attention.qkv_proj,
+            "o_in": self.attention.o_proj,
+            "mlp_in": mlp.gate_up_proj,
+            "down_in": mlp.down_proj,
+        }
+        self._recorded: tuple[str, list[Tensor]] = ("", [])
+
+    def inputs(self, site: str) -> Iterator[Tensor]:
+        """Inputs of a site on the quantized path, float32 [tokens, K], batch by batch."""
+        if self._recorded[0] == site:
+            yield from self._recorded[1]
+            return
+        fits = self.body.tokens * self.linears[site].in_features * 4 <= _RECORDED_BYTES
+        recorded = []
+        for batch in self.body.batches():
+            x = self._input(site, self.body, batch)
+            yield x
+            if fits:
+                recorded.append(x)
+        if fits:
+            self._recorded = (site, recorded)
+
+    def float_inputs(self, site: str) -> Iterator[Tensor]:
+        """The same inputs in the floating-point model."""
+        for batch in self.floats.batches():
+            with on_path(path_switches(self.layer), Path.FLOAT):
+                x = self._input(site, self.floats, batch)
+            yield x
+
+    def _input(self, site: str, stream: Stream, batch: Tensor) -> Tensor:
+        quantizer, seen = self.quantizers[site], []
+        quantizer.observer = seen.append
+        try:
+            stream.run(self.layer, batch)
+        finally:
+            quantizer.observer = None
+        return seen[0].flatten(0, -2)
+
+    def set_shift(self, site: str) -> float:
+        """Gives the quantizer of a site the mean of each channel as its shift; returns the largest |x - shift|.
+
+        Raises:
+            ValueError: an activation is NaN or Inf.
+        """
+        total = low = high = None
+        for x in self.inputs(site):
+            sums, lows, highs = x.sum(dim=0, dtype=torch.float64), x.amin(dim=0), x.amax(dim=0)
+            if total is None:
+                total, low, high = sums, lows, highs
+            else:
+                total, low, high = total + sums, torch.minimum(low, lows), torch.maximum(high, highs)
+        shift = self.quantizers[site].shift.copy_(total / self.body.tokens)
+        absmax = float(torch.maximum(high - shift, shift - low).amax())
+        if not absmax < float("inf"):  # catches NaN as well
+            raise ValueError(f"model: the activation {site} of a block is {absmax}; check weights and data.")
+        return absmax
+
+    def range(self, site: str) -> SiteRange:
+        """Sets the shift of a site, see `set_shift`, and says how x - shift is spread."""
+        absmax = self.set_shift(site)
+        shift = self.quantizers[site].shift
+        histogram = sum(torch.histc(x - shift, _HISTOGRAM_BINS, -absmax, absmax).double() for x in self.inputs(site))
+        return SiteRange(absmax, histogram)
+
+    def layer_inputs(self, site: str) -> LayerInputs:
+        """What rounding needs, with the scales that are set now."""
+        quantizer, width, tokens = self.quantizers[site], self.linears[site].in_features, self.body.tokens
+        device = self.body.device
+        gram, cross = (torch.zeros(width, width, device=device) for _ in range(2))
+        means = torch.zeros(2, width, dtype=torch.float64, device=device)
+        # one shift for both, so that taking off the means afterwards costs no digits
+        shift = quantizer.shift
+        for x, exact in zip(self.inputs(site), self.float_inputs(site), strict=True):
+            z = dequantize(*quantizer.codes(x))
+            exact = exact - shift
+            gram += z.T @ z
+            cross += z.T @ exact
+            means += torch.stack((exact.sum(dim=0, dtype=torch.float64), z.sum(dim=0, dtype=torch.float64)))
+        exact_mean, quantized_mean = (means / tokens).float()
+        gram -= tokens * torch.outer(quantized_mean, quantized_mean)
+        cross -= tokens * torch.outer(quantized_mean, exact_mean)
+        return LayerInputs(gram, cross, exact_mean + shift, quantized_mean, tokens)
+
+    @cached_property
+    def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q [1, H, T, D], k and v [1, G, T, D] of the first sequences, in float32."""
+        return [
+            tuple(t.float() for t in self.attention.project(self.norm(hidden), self.body.position_embeddings))
+            for batch in self.body.batches(_SEARCH_SEQUENCES)
+            for hidden in batch.split(1)
+        ]
+
+    def search_batches(self) -> list[Tensor]:
+        """The first sequences, for objectives that run the whole block."""
+        return list(self.body.batches(_SEARCH_SEQUENCES))

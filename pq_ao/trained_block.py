@@ -1,0 +1,134 @@
+"""What fine-tuning trains of a decoder block, and the block computed from it.
+
+Everything is trained in units of its own, so that one pair of learning rates serves every layer of every model: weights
+in quantization steps, scales and clip factors by their logarithm, biases in parts of what their linear puts out.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pq_ao.fake_quantize import fake_quantize
+from pq_ao.linears import CalibratedLinear
+from pq_ao.ops.quantize import quantize
+from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
+from pq_ao.rounding import RoundedWeight
+from pq_ao.tensors import PackedWeight
+
+Tensors = dict[str, Tensor]
+
+
+class BlockTensors(NamedTuple):
+    """The tensors of one block, by name.
+
+    Attributes:
+        fixed: parameters and buffers of the block, codes left out; scales and clip factors as training found them.
+        start: of each linear "<name>.scale" [N], "<name>.bias" [N] and the unit of its bias, "<name>.bias_unit" [N].
+        trained: leaves; of each linear "<name>.weight" [N, K], "<name>.scale" [N] and "<name>.bias" [N], and each scale
+            or clip factor of a quantizer.
+    """
+
+    fixed: Tensors
+    start: Tensors
+    trained: Tensors
+
+
+def linears_of(block: nn.Module) -> dict[str, CalibratedLinear]:
+    """The linears of a block by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, CalibratedLinear)}
+
+
+def _quantizers_of(block: nn.Module) -> dict[str, ActivationQuantizer | KVQuantizer]:
+    return {name: m for name, m in block.named_modules() if isinstance(m, ActivationQuantizer | KVQuantizer)}
+
+
+class BlockFrame:
+    """A copy of one block, in which any block of the same decoder is computed from its `BlockTensors`.
+
+    So all blocks are one function of tensors, and can share one compiled step.
+
+    Args:
+        block: with our modules, in float32.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = copy.deepcopy(block)
+        quantizers = _quantizers_of(self.block)
+        names = {id(quantizer): name for name, quantizer in quantizers.items()}
+        self.sites = {name: names[id(linear.quantizers[0])] for name, linear in linears_of(self.block).items()}
+        self.factors = [
+            f"{name}.{factor}"
+            for name, quantizer in quantizers.items()
+            for factor, _ in quantizer.named_buffers()
+            if factor.endswith(("scale", "clip"))
+        ]
+        for linear in linears_of(self.block).values():  # a place for a bias, whether or not the model has one
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device))
+        for quantizer in quantizers.values():
+            quantizer.path = Path.REFERENCE
+
+    def tensors(self, block: nn.Module, rounded: dict[str, RoundedWeight]) -> BlockTensors:
+        """The tensors of a block that was just rounded.
+
+        Args:
+            rounded: of each linear, by name.
+        """
+        fixed = {name: tensor.detach() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
+        start, trained = {}, {}
+        for name in linears_of(block):
+            del fixed[f"{name}.packed"]
+            bias = fixed.pop(f"{name}.packed_bias")
+            weight = rounded[name]
+            start |= {f"{name}.scale": weight.scale, f"{name}.bias": bias, f"{name}.bias_unit": weight.output_rms}
+            trained[f"{name}.weight"] = weight.weight / weight.scale[:, None]
+            trained |= {f"{name}.{part}": torch.zeros_like(bias) for part in ("scale", "bias")}
+        for name in self.factors:
+            fixed[name] = fixed[name].clone()  # the block's own will be overwritten
+            trained[name] = torch.zeros_like(fixed[name])
+        return BlockTensors(fixed, start, {name: tensor.requires_grad_() for name, tensor in trained.items()})
+
+    def outputs(
+        self, tensors: BlockTensors, hidden: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[n, T, d] of hidden states [n, T, d], quantized; differentiable in `tensors.trained`."""
+        fixed, trained = tensors.fixed, tensors.trained
+        values = fixed | {name: fixed[name] * trained[name].exp() for name in self.factors}
+        for name, site in self.sites.items():
+            scale, bias = self._scale(tensors, name), self._bias(tensors, name)
+            weight = fake_quantize(self._weight(tensors, name), scale[:, None], self._bits(name))
+            # the input comes with its shift, whose part in the product stands in the bias
+            bias = bias - (weight * fixed[f"{site}.shift"]).sum(dim=1)
+            values |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        arguments = {"attention_mask": mask, "position_embeddings": position_embeddings}
+        return functional_call(self.block, values, (hidden,), arguments)
+
+    @torch.no_grad()
+    def store(self, tensors: BlockTensors, block: nn.Module) -> None:
+        """Gives `block` the codes, scales, clip factors and biases that were trained."""
+        for name in self.factors:
+            module, _, factor = name.rpartition(".")
+            block.get_submodule(module).get_buffer(factor).copy_(tensors.fixed[name] * tensors.trained[name].exp())
+        for name, linear in linears_of(block).items():
+            scale, bits = self._scale(tensors, name), self._bits(name)
+            codes = quantize(self._weight(tensors, name), scale[:, None], bits)
+            linear.packed = PackedWeight.from_codes(codes, scale, bits, linear.fixed_dtype)
+            linear.packed_bias = self._bias(tensors, name)
+
+    def _bits(self, name: str) -> int:
+        return self.block.get_submodule(name).config.weight_bits
+
+    @staticmethod
+    def _weight(tensors: BlockTensors, name: str) -> Tensor:
+        return tensors.trained[f"{name}.weight"] * tensors.start[f"{name}.scale"][:, None]
+
+    @staticmethod
+    def _scale(tensors: BlockTensors, name: str) -> Tensor:
+        return tensors.start[f"{name}.scale"] * tensors.trained[f"{name}.scale"].exp()
+
+    @staticmethod
+    def _bias(tensors: BlockTensors, name: str) -> Tensor:
+        start = tensors.start
+        return start[f"{name}.bias"] + start[f"{name}.bias_unit"] * tensors.trained[f"{name}.bias"]
