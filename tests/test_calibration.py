@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import pq_ao
+from pq_ao.block_sites import SITES
 from pq_ao.linears import CalibratedLinear
 from pq_ao.ops import dequantize, quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
-from pq_ao.block_sites import SITES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_sequences": 4, "sequence_length": 64, "progress": False}
