@@ -36,6 +36,10 @@ class SiteRange:
     histogram: Tensor
 
 
+class _Reached(Exception):
+    """Ends a pass at its site: nothing behind it is needed."""
+
+
 class BlockSites:
     """A decoder block, the sequences that enter it, and its quantizers and linears by site.
 
@@ -90,13 +94,17 @@ class BlockSites:
             yield x
 
     def _input(self, site: str, stream: Stream, batch: Tensor) -> Tensor:
-        quantizer, seen = self.quantizers[site], []
-        quantizer.observer = seen.append
+        def reached(x: Tensor) -> None:
+            raise _Reached(x.flatten(0, -2))
+
+        self.quantizers[site].observer = reached
         try:
             stream.run(self.layer, batch)
+        except _Reached as end:
+            return end.args[0]
         finally:
-            quantizer.observer = None
-        return seen[0].flatten(0, -2)
+            self.quantizers[site].observer = None
+        raise RuntimeError(f"{type(self.layer).__name__} never came to its site {site}")
 
     def set_shift(self, site: str) -> float:
         """Gives the quantizer of a site the mean of each channel as its shift; returns the largest |x - shift|.

@@ -42,7 +42,10 @@ class CalibrationRecord:
         data, num_sequences, sequence_length, rounding, search, finetune, seed: arguments of `calibrate`.
         scales: by layer, each static scale or clip factor, and the factor on the absmax scale as "<name>_factor".
         finetuning: by layer, how it went (`pq_ao.finetune.BlockHistory`); empty without.
-        seconds: wall time.
+        seconds: wall time of everything.
+        prefix_seconds: of which to find the prefix.
+        block_seconds, finetuning_seconds: by layer, of which the second is a part of the first; a block that a journal
+            held takes little.
     """
 
     config: PrefixQuantConfig
@@ -57,6 +60,9 @@ class CalibrationRecord:
     scales: list[Found] = field(default_factory=list)
     finetuning: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+    prefix_seconds: float = 0.0
+    block_seconds: list[float] = field(default_factory=list)
+    finetuning_seconds: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Plain dictionary for JSON."""
@@ -128,10 +134,12 @@ def calibrate(
         prefix = find_prefix(model, tokenizer, train, prefix_ids, progress)
     else:
         prefix = PrefixReport((), statistics=outlier_statistics(model, train, progress=progress))
+    prefix_seconds = time.perf_counter() - started
     described = data if isinstance(data, str) else f"{type(data).__name__}"
     record = CalibrationRecord(
         config, prefix, described, num_sequences, sequence_length, rounding, search, finetune, seed
     )
+    record.prefix_seconds = prefix_seconds
     with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
         _Pipeline(model, record, train, validation, storage, progress).run(journal)
     record.seconds = time.perf_counter() - started
@@ -174,6 +182,7 @@ class _Pipeline:
         """Calibrates all blocks; those that the journal holds are restored."""
         finished = 0 if journal is None else journal.finished
         for index, layer in enumerate(tqdm(self.layers, "calibrating", unit="block", disable=not self.progress)):
+            started = time.perf_counter()
             self.rotator.replace(layer, index)  # in float32, one block at a time
             if self.record.prefix.prefix_ids:
                 store_prefix(layer, self.family, self.head)
@@ -192,6 +201,7 @@ class _Pipeline:
                 for stream in (self.body, *self.validation[:1]):
                     stream.advance(layer)
             cast_block(layer, self.dtype)
+            self.record.block_seconds.append(time.perf_counter() - started)
 
     def _calibrate(self, layer: nn.Module, index: int) -> dict:
         """One block; the quantized path is still in front of it afterwards, the other behind."""
@@ -203,7 +213,9 @@ class _Pipeline:
             return {"scales": scales}
         self.finetuner = self.finetuner or Finetuner(layer, record.finetune, record.seed, self.progress)
         pairs = Pairs(self.body, self.floats), Pairs(*self.validation)
+        started = time.perf_counter()
         history = self.finetuner.train(layer, index, rounded, *pairs)
+        record.finetuning_seconds.append(time.perf_counter() - started)
         return {"scales": scales, "finetuning": history.to_dict()}
 
     def _advance_floats(self, layer: nn.Module) -> None:

@@ -75,8 +75,12 @@ class BlockHistory:
     stopped: str | None = None
 
     def to_dict(self) -> dict:
-        """Plain dictionary for JSON."""
-        return asdict(self)
+        """Plain dictionary for JSON, None where an error was not finite."""
+        courses = {
+            name: [error if math.isfinite(error) else None for error in getattr(self, name)]
+            for name in ("training", "validation")
+        }
+        return asdict(self) | courses
 
 
 class Pairs(NamedTuple):

@@ -115,13 +115,16 @@ def _as_rounded(linear):
     return RoundedWeight(packed.codes(), packed.scale, packed.dequantize(), torch.ones_like(packed.scale))
 
 
-def test_a_rate_far_too_high_stops_the_block_and_keeps_its_last_good_state(make_tiny, tiny_tokenizer, english):
+def test_a_rate_far_too_high_stops_the_block_and_keeps_its_last_good_state(
+    make_tiny, tiny_tokenizer, english, tmp_path
+):
     plain, wild = make_tiny("llama"), make_tiny("llama")
     _calibrate(plain, tiny_tokenizer, english)
     config = FinetuneConfig(epochs=3, validation_sequences=4, learning_rate=1e4, weight_learning_rate=1e4)
     with pytest.warns(FinetuneWarning, match="block 0: the error was not finite in epoch 1; kept the state of epoch 0"):
-        record = _calibrate(wild, tiny_tokenizer, english, finetune=config)
+        record = _calibrate(wild, tiny_tokenizer, english, finetune=config, resume=tmp_path / "journal")
     assert all(history["kept"] == 0 and history["stopped"] for history in record.finetuning)
+    assert all(history["training"] == [None] for history in record.finetuning)
     assert _same(_tensors(plain)[:1], _tensors(wild)[:1])
 
 

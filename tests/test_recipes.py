@@ -1,12 +1,14 @@
 """Recipes from end to end on a tiny random model."""
 
+import json
 import math
 
 import pytest
 import torch
 from matplotlib import image
 
-from recipes import quickstart
+from pq_ao.finetune import Finetuner
+from recipes import finetune, quickstart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,3 +59,117 @@ def test_quickstart_says_where_weights_come_from(tmp_path):
     assert quickstart.origin(tmp_path) == f"{tmp_path.name} (Q4_1, dequantized)"
     (tmp_path / "source.json").write_text('{"kind": "hub", "hub_id": "someone/something"}')
     assert quickstart.origin(tmp_path) == f"{tmp_path.name} (someone/something)"
+
+
+FINETUNE = (
+    "--num-sequences 48 --sequence-length 64 --validation-sequences 8 --epochs 3 --learning-rate 3e-3 "
+    "--weight-learning-rate 0.02 --windows 2 --eval-length 64 --device cpu"
+).split()
+
+
+def _without_times(results: dict) -> dict:
+    """`results` without what two runs may differ in."""
+    calibration = {name: value for name, value in results["calibration"].items() if not name.endswith("seconds")}
+    perplexity = {name: measured | {"seconds": None} for name, measured in results["perplexity"].items()}
+    return results | {"calibration": calibration, "perplexity": perplexity}
+
+
+@pytest.mark.filterwarnings("ignore::pq_ao.PrefixWarning")
+def test_finetune_goes_on_to_the_same_results(tiny_folder, tmp_path, capsys, monkeypatch):
+    whole, resumed, blocks = tmp_path / "whole", tmp_path / "resumed", tmp_path / "blocks"
+    # on so little data, error-compensating rounding leaves nothing to gain
+    settings = ["--model", str(tiny_folder), *FINETUNE, "--rounding", "nearest"]
+    returned = finetune.main([*settings, "--output", str(whole)])
+    printed = capsys.readouterr()
+    assert "--resume FOLDER" in printed.err
+
+    assert {file.name for file in whole.iterdir()} == {"finetuning.json", "finetuning.png"}
+    results = json.loads((whole / "finetuning.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    histories = results["calibration"]["finetuning"]
+    assert len(histories) == 2 and all(history["before"] > finetune.kept_error(history) for history in histories)
+    assert results["calibration"]["rounding"] == "nearest" and results["calibration"]["finetune"]["epochs"] == 3
+    dense, quantized = (results["perplexity"][name] for name in ("bf16", "quantized"))
+    assert 1 < dense["ppl"] != quantized["ppl"] < 10 * dense["ppl"] and dense["windows"] == quantized["windows"] == 2
+    lines = printed.out.splitlines()
+    for block, history in enumerate(histories):
+        expected = [str(block), f"{history['before']:.3e}", f"{finetune.kept_error(history):.3e}"]
+        assert lines[1 + block].split()[:3] == expected
+    assert any(f"{dense['ppl']:.2f} as loaded, {quantized['ppl']:.2f} as w4a4kv4 static" in line for line in lines)
+
+    train, trained = Finetuner.train, []
+
+    def interrupted(self, block, index, *arguments):
+        trained.append(index)
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        return train(self, block, index, *arguments)
+
+    monkeypatch.setattr(Finetuner, "train", interrupted)
+    settings += ["--output", str(resumed), "--resume", str(blocks)]
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(settings)
+    assert str(blocks) in capsys.readouterr().err and not list(resumed.iterdir())
+    finetune.main(settings)
+    assert trained == [0, 1, 1]
+    assert _without_times(json.loads((resumed / "finetuning.json").read_text())) == _without_times(results)
+
+
+def test_finetune_keeps_the_record_where_the_quantized_model_fails(tiny_folder, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(finetune, "quantize_", fail)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    settings = ["--model", str(tiny_folder), *FINETUNE, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetune.main([*settings, "--data", str(text), str(text), "--corpus", "embedded"])
+    results = json.loads((tmp_path / "out" / "finetuning.json").read_text())
+    assert results["data"] == ["text.txt", "text.txt"]
+    assert results["calibration"]["rounding"] == "gptq"
+    assert len(results["calibration"]["finetuning"]) == 2 and list(results["perplexity"]) == ["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data train.txt", "add --corpus"),
+        ("--data train.txt --corpus train.txt", "--corpus train.txt"),
+        ("--data wikitext2 train.txt", "--data wikitext2 train.txt"),
+        ("--scheme w3", "w4a4kv4"),
+        ("--rounding up", "gptq"),
+    ],
+)
+def test_finetune_refuses_at_once(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(arguments.split())
+    assert words in capsys.readouterr().err
+
+
+def test_finetune_checks_its_settings_before_it_loads_a_model(tmp_path):
+    missing = ["--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="epochs=0"):
+        finetune.main([*missing, "--epochs", "0"])
+    with pytest.raises(ValueError, match="a.txt"):
+        finetune.main([*missing, "--data", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--corpus", "embedded"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_finetune_writes_json_that_every_reader_takes(tmp_path):
+    """A block that stopped has errors that are not finite, and JSON has no such numbers."""
+    history = {
+        "before": 0.5,
+        "training": [0.4, math.inf],
+        "validation": (0.3, math.nan),
+        "kept": 1,
+        "stopped": "epoch 2",
+    }
+    finetune.write_json({"finetuning": [history]}, tmp_path / "finetuning.json")
+    text = (tmp_path / "finetuning.json").read_text()
+    (read,) = json.loads(text, parse_constant=pytest.fail)["finetuning"]
+    assert read == history | {"training": [0.4, None], "validation": [0.3, None]}
+    assert "stopped: epoch 2" in finetune.table([history])
+    with pytest.raises(TypeError):
+        finetune.write_json({"wrong": object()}, tmp_path / "finetuning.json")
+    assert (tmp_path / "finetuning.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
