@@ -1,139 +1,167 @@
-"""The README's table of perplexity, from results of `benchmarks.accuracy`."""
+"""The README's tables of accuracy, from results of `benchmarks.accuracy`: perplexity, long contexts, tasks."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from benchmarks.accuracy_rows import (
+    SETTING,
+    Found,
+    by_setting,
+    current_rows,
+    distinct,
+    is_original,
+    label,
+    markdown,
+    over_bf16,
+    perplexity_cell,
+    values,
+    where,
+)
+from benchmarks.accuracy_tasks_table import tasks_table
 from benchmarks.provenance import provenance
-from benchmarks.results_file import Results, Row, newest_rows
+from benchmarks.results_file import Results, Row
 
-# what tells one row of the accuracy benchmark from another; the rest was measured
-_SETTING = ("scheme", "mode", "prefix", "rotation", "search", "rounding", "finetuned")
-_TEXT = ("model", "corpus", "seqlen")
-_CALIBRATION = ("calibration_corpus", "calibration_sequences", "calibration_length")
-ACCURACY_KEYS = (*_TEXT, "windows", *_CALIBRATION, *_SETTING, "path", "seed")
-
-# from the easiest setting to the hardest; an unknown one comes last
-_ORDER: dict[str, tuple] = {
-    "scheme": ("bf16", "w8a8kv8", "w4a8kv4", "w4a4kv16", "w4a4kv4"),
-    "mode": ("none", "static", "dynamic"),
-    "prefix": (True, False),
-    "search": (None, "none", "tensor", "block"),
-    "rounding": (None, "nearest", "gptq"),
-    "finetuned": (False, True),
-}
-
-Found = tuple[Row, Results]
+_HEADER = (
+    *("scheme", "mode", "prefix", "rotation", "scale search", "rounding", "fine-tuned", "calibrated on"),
+    *("perplexity", "over bf16", "calibration"),
+)
 
 
 def accuracy(results: Iterable[Results]) -> str:
-    """Markdown: a table for each model and corpus (its most complete runs), and what was run on what.
+    """Markdown: tables for each model, corpus and calibration text, and what was run on what.
 
     Args:
         results: of the accuracy benchmark, oldest first.
     """
-    rows = [found for found in newest_rows(results, ACCURACY_KEYS) if found[0].get("task") is None]
-    reference = [found for found in rows if found[0].get("path") == "reference"]
-    rows = [found for found in rows if found[0].get("path") != "reference"]
-    if not rows:
+    rows = current_rows(results)
+    texts = [found for found in rows if found[0].get("task") is None]
+    parts = []
+    for model, corpus in distinct(texts, ("model", "corpus")):
+        parts += _perplexity_parts(_whole(where(texts, ("model", "corpus"), (model, corpus))))
+    tasks = [found for found in rows if found[0].get("task") is not None]
+    for (model,) in distinct(tasks, ("model",)):
+        floating, groups = _by_calibration(where(tasks, ("model",), (model,)))
+        parts += [tasks_table(floating, group) for group in groups]
+    if not parts:
         return (
             "No results yet: `python -m benchmarks.accuracy` writes them, `python -m benchmarks.tables` this section."
         )
+    runs = {id(run): run for _, run in rows}.values()
+    return "\n\n".join([*parts, "\n\n".join(map(provenance, sorted(runs, key=lambda run: run.date)))])
+
+
+def _whole(rows: list[Found]) -> list[Found]:
+    """Of each length of window the rows on most windows: a run on a few, to try something, does not replace them."""
+    most: dict[int, int] = {}
+    for row, _ in rows:
+        if row.get("path") != "reference":
+            most[row["seqlen"]] = max(most.get(row["seqlen"], 0), row["windows"])
+    return [(row, run) for row, run in rows if row.get("path") == "reference" or row["windows"] == most[row["seqlen"]]]
+
+
+def _by_calibration(rows: list[Found]) -> tuple[list[Found], list[list[Found]]]:
+    """Rows of the model as it was loaded, and the others by calibration text; at least one group, maybe empty."""
+    floating = [found for found in rows if is_original(found[0])]
+    rest = [found for found in rows if not is_original(found[0])]
+    corpora = distinct(rest, ("calibration_corpus",))
+    return floating, [where(rest, ("calibration_corpus",), corpus) for corpus in corpora] or [[]]
+
+
+def _perplexity_parts(rows: list[Found]) -> list[str]:
+    floating, groups = _by_calibration(rows)
     parts = []
-    for text in _distinct(rows, _TEXT):
-        same_text = _where(rows, _TEXT, text)
-        # a run on a few windows, to try something, does not replace the whole corpus
-        windows = max(row.get("windows") or 0 for row, _ in same_text)
-        same_text = [found for found in same_text if (found[0].get("windows") or 0) == windows]
-        floating = [found for found in same_text if _is_original(found[0])]
-        rest = [found for found in same_text if not _is_original(found[0])]
-        for calibration in _distinct(rest, _CALIBRATION) or [(None, None, None)]:
-            checks = _where(_where(reference, _TEXT, text), _CALIBRATION, calibration)
-            parts.append(_accuracy_table(floating, _where(rest, _CALIBRATION, calibration), checks))
-    return "\n\n".join(parts)
+    for group in groups:
+        checks = [found for found in group if found[0].get("path") == "reference"]
+        both = floating + [found for found in group if found[0].get("path") != "reference"]
+        lengths = [length for (length,) in distinct(both, ("seqlen",))]
+        # the length of window that most settings have; the others are a question of their own
+        counts = {length: len(by_setting(where(both, ("seqlen",), (length,)))) for length in lengths}
+        main = min(lengths, key=lambda length: (-counts[length], length), default=None)
+        if main is not None:
+            parts += _main_table(where(both, ("seqlen",), (main,)), group)
+        parts += [_check(row) for row, _ in checks if row.get("error") is None]
+        for length in sorted(set(lengths) - {main}):
+            parts.append(_context_table(*(where(both, ("seqlen",), (size,)) for size in (main, length))))
+    return parts
 
 
-def _is_original(row: Row) -> bool:
-    """Whether a row is of the model as it was loaded."""
-    return row["scheme"] == "bf16" and not row["prefix"]
+def _main_table(rows: list[Found], calibrated: list[Found]) -> list[str]:
+    floating = [found for found in rows if is_original(found[0])]
+    row = rows[0][0]
+    title = f"**{row['model']}**: perplexity on `{row['corpus']}`, {_windows(row)} of {row['seqlen']:,} tokens"
+    if calibrated:
+        title += f"; calibrated on `{calibrated[0][0]['calibration_corpus']}`"
+    lines = [_cells(seeds, floating) for seeds in by_setting(rows)]
+    parts = [f"{title}.", "\n".join(markdown(_HEADER, lines))]
+    prefixes = list(dict.fromkeys(tuple(row.get("prefix_ids") or ()) for row, _ in rows if row["prefix"]))
+    if found := [" ".join(map(str, prefix)) for prefix in prefixes if prefix]:
+        parts.append(f"Prefix found (token ids): {'; '.join(found)}.")
+    return parts
 
 
-def _distinct(rows: list[Found], keys: Sequence[str]) -> list[tuple]:
-    return list(dict.fromkeys(tuple(row.get(key) for key in keys) for row, _ in rows))
-
-
-def _where(rows: list[Found], keys: Sequence[str], values: tuple) -> list[Found]:
-    return [found for found in rows if tuple(found[0].get(key) for key in keys) == values]
-
-
-def _accuracy_table(floating: list[Found], rest: list[Found], checks: list[Found]) -> str:
-    rows = floating + rest
-    lines = [
-        _what_was_run(rows[0][0], next((row for row, _ in rest), None)),
-        "",
-        "| scheme | mode | prefix | scale search | rounding | perplexity | over bf16 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for setting in sorted(_distinct(rows, _SETTING), key=_rank):
-        seeds = _where(rows, _SETTING, setting)
-        row = seeds[0][0]
-        rounding = f"{row['rounding'] or ''}{' + fine-tuning' if row['finetuned'] else ''}"
-        # scales of dynamic mode are not searched
-        search = (row["search"] or "") if row["mode"] == "static" else ""
-        mode = "" if row["mode"] == "none" else row["mode"]
-        prefix = ("yes" if row["prefix"] else "no") + ("" if row["rotation"] or not mode else ", no rotation")
-        cells = (row["scheme"], mode, prefix, search, rounding, _perplexity(seeds), _ratio(seeds, floating))
-        lines.append(f"| {' | '.join(cells)} |")
-    for row, _ in checks:
-        if row.get("error") is None:
-            windows = "window" if row["windows"] == 1 else f"{row['windows']} windows"
-            lines += [
-                "",
-                f"{row['scheme']}, {row['mode']}, on the first {windows}: {row['integer_ppl']:.3f} with integers, "
-                f"{row['ppl']:.3f} with quantize-dequantize in float32.",
-            ]
-    runs = {id(run): run for _, run in rows + checks}.values()
-    return "\n".join([*lines, "", *map(provenance, sorted(runs, key=lambda run: run.date))])
-
-
-def _what_was_run(row: Row, calibrated: Row | None) -> str:
-    text = (
-        f"**{row['model']}**: perplexity on `{row['corpus']}`, {row['windows']:,} windows of {row['seqlen']:,} tokens"
+def _cells(seeds: list[Found], floating: list[Found]) -> tuple[str, ...]:
+    row = seeds[0][0]
+    quantized = row["scheme"] != "bf16"
+    yes = {True: "yes", False: "no"}
+    length = row.get("calibration_length")
+    return (
+        row["scheme"],
+        row["mode"] if quantized else "",
+        yes[row["prefix"]],
+        yes[row["rotation"]] if quantized else "",
+        row["search"] or "",
+        row["rounding"] or "",
+        _finetuning(row) if quantized else "",
+        f"{row['calibration_sequences']} x {length:,}" if length else "",
+        perplexity_cell(seeds),
+        _ratio(over_bf16(seeds, floating)),
+        _cost(seeds) if quantized else "",
     )
-    if calibrated is None:
-        return f"{text}."
-    sequences, length = calibrated["calibration_sequences"], calibrated["calibration_length"]
-    return f"{text}; calibrated on {sequences} x {length:,} tokens of `{calibrated['calibration_corpus']}`."
 
 
-def _rank(setting: tuple) -> tuple:
-    row = dict(zip(_SETTING, setting, strict=True))
-    places = (order.index(row[key]) if row[key] in order else len(order) for key, order in _ORDER.items())
-    return (not _is_original(row), *places)
+def _finetuning(row: Row) -> str:
+    epochs = row.get("epochs")
+    if not row["finetuned"] or epochs is None:
+        return "yes" if row["finetuned"] else "no"
+    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def _measured(seeds: list[Found]) -> list[float]:
-    return [row["ppl"] for row, _ in seeds if row.get("error") is None]
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
 
 
-def _perplexity(seeds: list[Found]) -> str:
-    values = _measured(seeds)
-    failed = f"{len(seeds) - len(values)} failed" if len(values) < len(seeds) else ""
-    if not values:
-        return "failed"
-    cell = f"{statistics.median(values):.2f}"
-    if len(values) > 1:
-        cell += f" ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)"
-    return f"{cell}, {failed}" if failed else cell
+def _cost(seeds: list[Found]) -> str:
+    """Median wall time and largest peak of memory of the calibrations; "about" where one was interrupted."""
+    timed = [row for row, _ in seeds if row.get("calibration_seconds")]
+    if not timed:
+        return "-"
+    about = "about " if any(row.get("restored_blocks") for row in timed) else ""
+    cell = f"{about}{statistics.median(row['calibration_seconds'] for row in timed):.0f} s"
+    peaks = [row["calibration_peak_gib"] for row in timed if row.get("calibration_peak_gib")]
+    return f"{cell}, {max(peaks):.1f} GiB" if peaks else cell
 
 
-def _ratio(seeds: list[Found], floating: list[Found]) -> str:
-    """Median over bf16 of the same file and windows, or the newest such row where a file has none."""
-    ratios = []
-    for row, run in seeds:
-        if row.get("error") is None:
-            same_file = [(other, run) for other in run.rows if _is_original(other)]
-            text = (*_TEXT, "windows")
-            same_file = _where(same_file, text, tuple(row.get(key) for key in text))
-            base = _measured(same_file) or _measured(floating)
-            ratios += [row["ppl"] / base[-1]] if base else []
-    return f"{statistics.median(ratios):.3f}" if ratios else "-"
+def _windows(row: Row) -> str:
+    return f"{row['windows']:,} window{'s' * (row['windows'] != 1)}"
+
+
+def _check(row: Row) -> str:
+    windows = "window" if row["windows"] == 1 else _windows(row)
+    return (
+        f"{label(row)}, on the first {windows}: {row['integer_ppl']:.3f} with integers, "
+        f"{row['ppl']:.3f} with quantize-dequantize in float32."
+    )
+
+
+def _context_table(short: list[Found], long: list[Found]) -> str:
+    """Perplexity over bf16 at two lengths of window: a quantized model should stand a long context as well as bf16."""
+    floating = [[found for found in rows if is_original(found[0])] for rows in (short, long)]
+    row, lines = long[0][0], []
+    for seeds in by_setting(long):
+        same = where(short, SETTING, values(seeds[0][0], SETTING))
+        ratios = [over_bf16(rows, base) for rows, base in zip((same, seeds), floating, strict=True)]
+        change = "-" if None in ratios else f"{100 * (ratios[1] / ratios[0] - 1):+.1f} %"
+        lines.append((label(seeds[0][0]), perplexity_cell(seeds), *map(_ratio, ratios), change))
+    header = ("", "perplexity", f"over bf16 at {short[0][0]['seqlen']:,}", f"over bf16 at {row['seqlen']:,}", "change")
+    title = f"Longer contexts: `{row['corpus']}` in {_windows(row)} of {row['seqlen']:,} tokens."
+    return "\n".join([title, "", *markdown(header, lines)])

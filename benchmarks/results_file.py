@@ -1,20 +1,23 @@
 """Results files: one JSON object a run, `results/<benchmark>-<date>-<time>-<gpu or cpu>.json`, its rows a flat list.
 
-A writer rewrites its file after every row, so that an interrupted run keeps what it has. A reader takes the newest row
-of each key.
+A writer rewrites its file after every row, so that an interrupted run keeps what it has, and the same command can go on
+with it. A reader takes the newest row of each key.
 """
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,6 +82,29 @@ class ResultsFile:
         names = (f"{stem}{suffix}.json" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         self.path = next(folder / name for name in names if not (folder / name).exists())
 
+    @classmethod
+    def go_on(cls, results: Results, folder: str | os.PathLike[str] = RESULTS) -> "ResultsFile":
+        """The newest file of the same run in `folder`, without its failed rows; a new one where there is none.
+
+        The same run: benchmark, command, commit, device and versions are those of `results`. A warning names a file
+        that only the last three keep apart.
+
+        Raises:
+            ValueError: a file is not a results file; it is named.
+        """
+        file = cls(results, folder)
+        for path, found in reversed(_loaded(results.benchmark, folder)):
+            if found.command != results.command:
+                continue
+            names = ("commit", "device", "versions")
+            differing = [name for name in names if getattr(found, name) != getattr(results, name)]
+            if not differing:
+                file.path = path
+                file.results = replace(found, rows=[row for row in found.rows if row.get("error") is None])
+                break
+            logger.warning("%s is of the same command, but of another %s: a new file", path.name, ", ".join(differing))
+        return file
+
     def append(self, row: Row) -> None:
         """Adds a row and rewrites the file.
 
@@ -103,15 +129,21 @@ def load_results(benchmark: str, folder: str | os.PathLike[str] = RESULTS) -> li
     Raises:
         ValueError: a file is not a results file; it is named.
     """
+    return [results for _, results in _loaded(benchmark, folder)]
+
+
+def _loaded(benchmark: str, folder: str | os.PathLike[str]) -> list[tuple[Path, Results]]:
     loaded = []
     for path in sorted(Path(folder).glob(f"{benchmark}-*.json"), key=lambda path: path.stem):
         try:
             results = Results(**json.loads(path.read_text(encoding="utf-8")))
+            if not isinstance(results.rows, list) or not all(isinstance(row, dict) for row in results.rows):
+                raise ValueError("rows are no list of objects")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name} is not a results file ({error}); mend it or take it away") from error
         if results.benchmark == benchmark:
-            loaded.append(results)
-    return sorted(loaded, key=lambda results: results.date)  # stable, so equal dates stay in order of name
+            loaded.append((path, results))
+    return sorted(loaded, key=lambda found: found[1].date)  # stable, so equal dates stay in order of name
 
 
 def newest_rows(results: Iterable[Results], keys: Sequence[str]) -> list[tuple[Row, Results]]:
