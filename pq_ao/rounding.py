@@ -19,7 +19,9 @@ _FINE = (-0.05, -0.025, 0.025, 0.05)
 # weight scales may be far smaller than those of activations: small models have rows of 1e-3
 _MIN_WEIGHT_SCALE = 1e-8
 
-_DAMPING = 0.01  # of the mean diagonal of G, added to it
+# parts of the mean diagonal of G that are added to it: for the codes, and for the weight that they aim at, which
+# follows the noise of a few thousand tokens otherwise
+_DAMPING, _AIM_DAMPING = 0.01, 0.1
 _COLUMNS = 128  # that are rounded before the rest of the weight hears of their errors
 
 
@@ -79,7 +81,8 @@ def round_gptq(weight: Tensor, bits: int, inputs: LayerInputs) -> RoundedWeight:
 
     Args and result: see `round_nearest`.
     """
-    aim, hessian = _least_squares(weight, inputs)
+    aim = _least_squares(weight, inputs)
+    hessian, _ = _damped(inputs.gram.double(), _DAMPING)
     scale = _search_scale(aim, bits, inputs.gram, weight @ inputs.cross.T)
     order = torch.argsort(hessian.diagonal(), descending=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
@@ -105,14 +108,18 @@ def round_gptq(weight: Tensor, bits: int, inputs: LayerInputs) -> RoundedWeight:
 ROUNDINGS = {"nearest": round_nearest, "gptq": round_gptq}
 
 
-def _least_squares(weight: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-    """float32 [N, K] of the least squared error, drawn toward `weight` a little, and the damped G, float64 [K, K]."""
-    gram = inputs.gram.double()
-    damping = _DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    hessian = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+def _damped(gram: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """G with something added to its diagonal, and what."""
+    added = part * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), added
+
+
+def _least_squares(weight: Tensor, inputs: LayerInputs) -> Tensor:
+    """float32 [N, K] of the least squared error, drawn toward `weight`."""
+    gram, added = _damped(inputs.gram.double(), _AIM_DAMPING)
     wide = weight.double()
-    right = wide @ inputs.cross.double().T + damping * wide
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(hessian)).T.float(), hessian
+    right = wide @ inputs.cross.double().T + added * wide
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(gram)).T.float()
 
 
 def _search_scale(weight: Tensor, bits: int, gram: Tensor, target: Tensor) -> Tensor:
