@@ -7,7 +7,7 @@ from benchmarks.results_file import Results, Row, newest_rows
 
 # what tells one row from another; the rest was measured
 SETTING = (
-    *("scheme", "mode", "prefix", "rotation", "search", "rounding", "finetuned"),
+    *("scheme", "mode", "prefix", "rotation", "balance", "search", "rounding", "finetuned"),
     *("calibration_sequences", "calibration_length", "epochs"),
 )
 _TEXT = ("model", "corpus", "seqlen", "windows", "task")
@@ -21,6 +21,7 @@ _ORDER: dict[str, tuple] = {
     "mode": ("none", "dynamic", "static"),
     "rotation": (False, True),
     "prefix": (False, True),
+    "balance": (None, False, True),
     "finetuned": (False, True),
     "rounding": (None, "nearest", "gptq"),
     "search": (None, "none", "tensor", "block"),
@@ -87,7 +88,7 @@ def label(row: Row) -> str:
     if row["scheme"] == "bf16":
         return "bf16, prefix" if row["prefix"] else "bf16"
     words = [f"{row['scheme']} {row['mode']}"]
-    words += [f"no {part}" for part in ("rotation", "prefix") if not row[part]]
+    words += [f"no {part}" for part in ("rotation", "prefix", "balance") if not row.get(part, True)]
     words += [] if row["search"] == "tensor" else [f"search {row['search']}"]
     words += [] if row["rounding"] == "nearest" else [row["rounding"]]
     return ", ".join(words + ["fine-tuned"] * row["finetuned"])

@@ -18,6 +18,7 @@ class Calibration:
     mode: str = "static"
     prefix: bool = True
     rotation: bool = True
+    balance: bool = True
     search: str = "tensor"
     rounding: str = "nearest"
     finetuned: bool = False
@@ -60,8 +61,9 @@ class Job:
 UNTRAINED, HEADLINE = "w4a4kv4-static", "w4a4kv4-static-gptq-tuned"
 
 CALIBRATIONS: dict[str, Calibration] = {
-    "w4a4kv4-dynamic-rtn": Calibration(mode="dynamic", rotation=False, prefix=False, search="none"),
-    "w4a4kv4-dynamic-quarot": Calibration(mode="dynamic", prefix=False, search="none"),
+    "w4a4kv4-dynamic-rtn": Calibration(mode="dynamic", rotation=False, prefix=False, balance=False, search="none"),
+    "w4a4kv4-dynamic-quarot": Calibration(mode="dynamic", prefix=False, balance=False, search="none"),
+    "w4a4kv4-dynamic-no-prefix-no-balance": Calibration(mode="dynamic", prefix=False, balance=False),
     "w4a4kv4-dynamic-no-prefix": Calibration(mode="dynamic", prefix=False),
     "w4a4kv4-dynamic-no-prefix-gptq": Calibration(mode="dynamic", prefix=False, rounding="gptq"),
     "w4a4kv4-dynamic": Calibration(mode="dynamic"),
@@ -70,6 +72,7 @@ CALIBRATIONS: dict[str, Calibration] = {
     "w4a4kv4-dynamic-gptq-tuned": Calibration(mode="dynamic", rounding="gptq", finetuned=True),
     "w4a4kv4-static-no-prefix": Calibration(prefix=False),
     "w4a4kv4-static-no-prefix-gptq": Calibration(prefix=False, rounding="gptq"),
+    "w4a4kv4-static-no-balance": Calibration(balance=False),
     "w4a4kv4-static-search-none": Calibration(search="none"),
     UNTRAINED: Calibration(),
     "w4a4kv4-static-search-block": Calibration(search="block"),
@@ -81,7 +84,7 @@ CALIBRATIONS: dict[str, Calibration] = {
     "w4a8kv4-static-gptq": Calibration("w4a8kv4", rounding="gptq"),
     "w4a8kv4-static-gptq-tuned": Calibration("w4a8kv4", rounding="gptq", finetuned=True),
     # in the manner of SmoothQuant: what it smooths, the gains of the norms, is folded into the weights here
-    "w8a8kv8-static-smooth": Calibration("w8a8kv8", rotation=False, prefix=False),
+    "w8a8kv8-static-smooth": Calibration("w8a8kv8", rotation=False, prefix=False, balance=False),
     "w8a8kv8-static": Calibration("w8a8kv8"),
 }
 

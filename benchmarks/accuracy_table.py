@@ -22,7 +22,7 @@ from benchmarks.provenance import provenance
 from benchmarks.results_file import Results, Row
 
 _HEADER = (
-    *("scheme", "mode", "prefix", "rotation", "scale search", "rounding", "fine-tuned", "calibrated on"),
+    *("scheme", "mode", "prefix", "rotation", "balance", "scale search", "rounding", "fine-tuned", "calibrated on"),
     *("perplexity", "over bf16", "calibration"),
 )
 
@@ -109,6 +109,7 @@ def _cells(seeds: list[Found], floating: list[Found]) -> tuple[str, ...]:
         row["mode"] if quantized else "",
         yes[row["prefix"]],
         yes[row["rotation"]] if quantized else "",
+        yes.get(row.get("balance"), ""),
         row["search"] or "",
         row["rounding"] or "",
         _finetuning(row) if quantized else "",

@@ -35,6 +35,11 @@ class SiteRange:
     absmax: float
     histogram: Tensor
 
+    @classmethod
+    def of(cls, x: Tensor, absmax: float) -> "SiteRange":
+        """Of values up to absmax."""
+        return cls(absmax, torch.histc(x, _HISTOGRAM_BINS, -absmax, absmax).double())
+
 
 class _Reached(Exception):
     """Ends a pass at its site: nothing behind it is needed."""
@@ -93,6 +98,29 @@ class BlockSites:
                 x = self._input(site, self.floats, batch)
             yield x
 
+    def float_sample(self, names: tuple[str, ...], tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Some tokens of the floating-point path, evenly spread.
+
+        Returns:
+            inputs of the sites, float32 [T, K] each; and how much a squared error of the block's output matters for
+            each token, float32 [T]: what comes next is a norm, so as much as the output is small.
+        """
+        stride = max(1, self.floats.tokens // tokens)
+        inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        importance = []
+        for name in names:
+            kept = inputs[name]
+            self.quantizers[name].observer = lambda x, kept=kept: kept.append(x.flatten(0, -2)[::stride].clone())
+        try:
+            with on_path(path_switches(self.layer), Path.FLOAT):
+                for batch in self.floats.batches():
+                    output = self.floats.run(self.layer, batch).flatten(0, -2)[::stride]
+                    importance.append(1 / output.square().mean(dim=1).clamp_min(1e-20))
+        finally:
+            for name in names:
+                self.quantizers[name].observer = None
+        return {name: torch.cat(parts) for name, parts in inputs.items()}, torch.cat(importance)
+
     def _input(self, site: str, stream: Stream, batch: Tensor) -> Tensor:
         def reached(x: Tensor) -> None:
             raise _Reached(x.flatten(0, -2))
@@ -129,7 +157,7 @@ class BlockSites:
         """Sets the shift of a site, see `set_shift`, and says how x - shift is spread."""
         absmax = self.set_shift(site)
         shift = self.quantizers[site].shift
-        histogram = sum(torch.histc(x - shift, _HISTOGRAM_BINS, -absmax, absmax).double() for x in self.inputs(site))
+        histogram = sum(SiteRange.of(x - shift, absmax).histogram for x in self.inputs(site))
         return SiteRange(absmax, histogram)
 
     def layer_inputs(self, site: str) -> LayerInputs:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pq_ao import __version__
+from pq_ao.balance import balance_block
 from pq_ao.block_calibration import block_tensors, calibrate_block, cast_block, restore_block, store_prefix
 from pq_ao.block_sites import BlockSites
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
@@ -39,8 +40,9 @@ class CalibrationRecord:
     Attributes:
         config: the scheme.
         prefix: the prefix and how well it holds.
-        data, num_sequences, sequence_length, rounding, search, finetune, seed: arguments of `calibrate`.
-        scales: by layer, each static scale or clip factor, and the factor on the absmax scale as "<name>_factor".
+        data, num_sequences, sequence_length, balance, rounding, search, finetune, seed: arguments of `calibrate`.
+        scales: by layer, each static scale or clip factor, the factor on the absmax scale as "<name>_factor", and how
+            channels were balanced as "<name>_balance" (`pq_ao.balance`).
         finetuning: by layer, how it went (`pq_ao.finetune.BlockHistory`); empty without.
         seconds: wall time of everything.
         prefix_seconds: of which to find the prefix.
@@ -53,6 +55,7 @@ class CalibrationRecord:
     data: str
     num_sequences: int
     sequence_length: int
+    balance: bool
     rounding: str
     search: str
     finetune: FinetuneConfig | None
@@ -78,6 +81,7 @@ def calibrate(
     data: TextSource = "embedded",
     num_sequences: int = 16,
     sequence_length: int = 2048,
+    balance: bool = True,
     rounding: str = "nearest",
     search: str = "tensor",
     finetune: FinetuneConfig | None = None,
@@ -100,6 +104,7 @@ def calibrate(
             (see `pq_ao.data.load_text`).
         num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
             distances that they are seen at.
+        balance: scale the inner channels of each block against each other first (`pq_ao.balance`); free at run time.
         rounding: "nearest", or "gptq": error-compensating, more accurate and slower.
         search: objective for static scales and clip factors of activations: "tensor" (the activation's own squared
             error), "block" (that of the block's output, method section 4.2) or "none" (min-max).
@@ -137,7 +142,7 @@ def calibrate(
     prefix_seconds = time.perf_counter() - started
     described = data if isinstance(data, str) else f"{type(data).__name__}"
     record = CalibrationRecord(
-        config, prefix, described, num_sequences, sequence_length, rounding, search, finetune, seed
+        config, prefix, described, num_sequences, sequence_length, balance, rounding, search, finetune, seed
     )
     record.prefix_seconds = prefix_seconds
     with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
@@ -186,12 +191,14 @@ class _Pipeline:
             self.rotator.replace(layer, index)  # in float32, one block at a time
             if self.record.prefix.prefix_ids:
                 store_prefix(layer, self.family, self.head)
+            sites = BlockSites(layer, self.family, self.body, self.floats)
+            found = balance_block(sites, self.rotator.rotation) if self.record.balance else {}
             if index < finished:
                 tensors, facts = journal.read(index)
                 restore_block(layer, tensors)
                 self._advance_floats(layer)
             else:
-                facts = self._calibrate(layer, index)
+                facts = self._calibrate(sites, index, found)
                 if journal is not None:
                     journal.keep(index, block_tensors(layer), facts)
             self.record.scales.append(facts["scales"])
@@ -203,11 +210,11 @@ class _Pipeline:
             cast_block(layer, self.dtype)
             self.record.block_seconds.append(time.perf_counter() - started)
 
-    def _calibrate(self, layer: nn.Module, index: int) -> dict:
+    def _calibrate(self, sites: BlockSites, index: int, found: Found) -> dict:
         """One block; the quantized path is still in front of it afterwards, the other behind."""
-        record = self.record
-        sites = BlockSites(layer, self.family, self.body, self.floats)
+        record, layer = self.record, sites.layer
         scales, rounded = calibrate_block(sites, record.config, record.rounding, record.search)
+        scales = found | scales
         self._advance_floats(layer)
         if record.finetune is None:
             return {"scales": scales}
@@ -226,7 +233,7 @@ class _Pipeline:
 def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -> dict:
     """What the result of a calibration depends on, for its journal."""
     known = record.to_dict()
-    names = ("config", "num_sequences", "sequence_length", "rounding", "search", "finetune", "seed")
+    names = ("config", "num_sequences", "sequence_length", "balance", "rounding", "search", "finetune", "seed")
     return {name: known[name] for name in names} | {
         "prefix_ids": list(record.prefix.prefix_ids),
         "weights": fingerprint(model.named_parameters()),

@@ -41,7 +41,7 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
     else:
         extent = sites.range(site)
         target, start = quantizer.scale, float(absmax_scale(torch.tensor(extent.absmax), bits))
-        error = {f: _histogram_error(extent, start * f, bits) for f in _ACTIVATION_GRID if search == "tensor"}
+        error = _scale_errors(extent, start, bits) if search == "tensor" else {}
     factor = 1.0
     if search == "tensor":
         factor = min(error, key=error.__getitem__)
@@ -49,6 +49,18 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
         factor = _search_block(sites, site, lambda f: target.fill_(start * f))
     target.fill_(start * factor)
     return {site: start * factor, f"{site}_factor": factor}
+
+
+def best_scale(x: Tensor, bits: int) -> Tensor:
+    """float32 scalar, the static scale of the least squared error of `x` itself."""
+    absmax = float(x.abs().amax())
+    start = float(absmax_scale(torch.tensor(absmax), bits))
+    errors = _scale_errors(SiteRange.of(x, absmax), start, bits)
+    return torch.tensor(start * min(errors, key=errors.__getitem__), device=x.device)
+
+
+def _scale_errors(extent: SiteRange, start: float, bits: int) -> dict[float, float]:
+    return {factor: _histogram_error(extent, start * factor, bits) for factor in _ACTIVATION_GRID}
 
 
 def _histogram_error(site: SiteRange, scale: float, bits: int) -> float:

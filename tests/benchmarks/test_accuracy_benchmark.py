@@ -108,7 +108,7 @@ class TestRows:
         assert reference["ppl"] == pytest.approx(reference["integer_ppl"], rel=0.05)
         printed = capsys.readouterr().out
         assert f"{UNTRAINED}, seed 1, 3 x 64 tokens: {found[6]['ppl']:.4f}" in printed
-        assert "| w4a4kv4 | static | yes | yes | tensor | gptq | 1 epoch | 4 x 32 |" in printed and "2 seeds" in printed
+        assert "| w4a4kv4 | static | yes | yes | yes | tensor | gptq | 1 epoch | 4 x 32 |" in printed and "2 seeds" in printed
         assert "| w4a4kv4 static, gptq, fine-tuned |" in printed
 
     @pytest.mark.slow
@@ -117,7 +117,7 @@ class TestRows:
         found = rows_in(tmp_path)
         texts = [row for row in found if "task" not in row]
         assert len(texts) == len(SETTINGS)
-        switches = ("scheme", "mode", "prefix", "rotation", "search", "rounding", "finetuned")
+        switches = ("scheme", "mode", "prefix", "rotation", "balance", "search", "rounding", "finetuned")
         measured = {chosen(row, *switches) for row in texts if row["path"] == "integer"}
         assert measured == {tuple(getattr(c, name) for name in switches) for c in CALIBRATIONS.values()}
         assert all((row["prefix_ids"] != []) == row["prefix"] for row in texts if row["scheme"] != "bf16")
@@ -148,7 +148,7 @@ class TestRows:
         failed, good = rows_in(tmp_path)
         assert failed["error"] == "RuntimeError: no luck" and "ppl" not in failed and failed["scheme"] == "w4a8kv4"
         assert "error" not in good and good["ppl"] > 1
-        assert "| w4a8kv4 | static | yes | yes | tensor | nearest | no | 2 x 64 | failed | - | - |" in (
+        assert "| w4a8kv4 | static | yes | yes | yes | tensor | nearest | no | 2 x 64 | failed | - | - |" in (
             capsys.readouterr().out
         )
 

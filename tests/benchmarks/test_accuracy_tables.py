@@ -25,13 +25,13 @@ def one_run(*rows: dict) -> str:
 
 def row(ppl: float | None, **changes) -> dict:
     row = {"model": "m", "scheme": "w4a4kv4", "mode": "static", "path": "integer", "prefix": True, "rotation": True}
-    row |= {"search": "tensor", "rounding": "nearest", "finetuned": False, "corpus": "text", "seqlen": 2048}
+    row |= {"balance": True, "search": "tensor", "rounding": "nearest", "finetuned": False, "corpus": "text", "seqlen": 2048}
     return row | {"windows": 10, "ppl": ppl, "seed": 0} | CALIBRATED | changes
 
 
 def floating(ppl: float, **changes) -> dict:
     keys = {"scheme": "bf16", "mode": "none", "path": None, "prefix": False, "rotation": False, "seed": None}
-    return row(ppl, **keys | {"search": None, "rounding": None} | dict.fromkeys(CALIBRATED) | changes)
+    return row(ppl, **keys | {"balance": None, "search": None, "rounding": None} | dict.fromkeys(CALIBRATED) | changes)
 
 
 def lines_of(text: str, table: int = 0) -> list[list[str]]:
@@ -49,7 +49,7 @@ class TestPerplexity:
         rows += [floating(19.0, prefix=True, rotation=True, seed=0, prefix_ids=[7, 1], **CALIBRATED)]
         rows += [row(31.0, path="reference", windows=2, integer_ppl=31.5)]
         text = one_run(*rows)
-        assert [[line[0], line[2], *line[8:10]] for line in lines_of(text)] == [
+        assert [[line[0], line[2], *line[9:11]] for line in lines_of(text)] == [
             ["bf16", "no", "20.00", "1.000"],
             ["bf16", "yes", "19.00", "0.950"],
             ["w4a4kv4", "no", "failed", "-"],
@@ -61,15 +61,18 @@ class TestPerplexity:
         assert "Prefix found (token ids): 7 1." in text
 
     def test_ladder_reads_as_in_the_paper(self):
-        names = ("scheme", "mode", "prefix", "rotation", "search", "rounding", "finetuned")
+        names = ("scheme", "mode", "prefix", "rotation", "balance", "search", "rounding", "finetuned")
         rows = [row(9.0, **{key: getattr(c, key) for key in names}) for c in reversed(CALIBRATIONS.values())]
         rows = [settings | (TRAINED if settings["finetuned"] else {}) for settings in rows]
         yes = {True: "yes", False: "no"}
         expected = [
-            [c.scheme, c.mode, yes[c.prefix], yes[c.rotation], c.search, c.rounding, "20 epochs" * c.finetuned or "no"]
+            [
+                *(c.scheme, c.mode, yes[c.prefix], yes[c.rotation], yes[c.balance], c.search, c.rounding),
+                "20 epochs" * c.finetuned or "no",
+            ]
             for c in CALIBRATIONS.values()
         ]
-        assert [line[:7] for line in lines_of(one_run(*rows, floating(8.0)))[1:]] == expected
+        assert [line[:8] for line in lines_of(one_run(*rows, floating(8.0)))[1:]] == expected
 
     def test_cost_of_calibrations(self):
         costs = [(10, 3.25, 0), (30, 3.0, 0), (26, 2.0, 29), (None, 9.0, 30)]
@@ -103,7 +106,7 @@ class TestPerplexity:
         old = [row(20.0, seed=seed, **TRAINED) for seed in range(2)] + [row(18.0, **TRAINED | {"epochs": 5})]
         new = [row(12.0, seed=0, **TRAINED | {"learning_rate": 2e-3})]
         text = accuracy([results_of("2026-01-01T00:00:00Z", old), results_of("2026-01-02T00:00:00Z", new)])
-        assert [line[6:9] for line in lines_of(text)] == [
+        assert [line[7:10] for line in lines_of(text)] == [
             ["5 epochs", "128 x 1,024", "18.00"],
             ["20 epochs", "128 x 1,024", "12.00"],
         ]
@@ -113,7 +116,7 @@ class TestPerplexity:
         later = dict.fromkeys(("epochs", "learning_rate", "weight_learning_rate", "batch_size_training"))
         runs = [results_of("2026-01-01T00:00:00Z", [row(15.0)])]
         runs.append(results_of("2026-01-02T00:00:00Z", [row(14.0, **later, validation_sequences=None, task=None)]))
-        assert [line[8] for line in lines_of(accuracy(runs))] == ["14.00"]
+        assert [line[9] for line in lines_of(accuracy(runs))] == ["14.00"]
 
     def test_committed_results_are_read(self):
         text = accuracy(load_results("accuracy", RESULTS))
@@ -188,6 +191,7 @@ class TestTasks:
     [
         ({}, "w4a4kv4 static"),
         ({"prefix": False, "rotation": False, "search": "none"}, "w4a4kv4 static, no rotation, no prefix, search none"),
+        ({"balance": False}, "w4a4kv4 static, no balance"),
         ({"rounding": "gptq", "finetuned": True}, "w4a4kv4 static, gptq, fine-tuned"),
     ],
 )

@@ -1,0 +1,114 @@
+"""Channel balance: the function stays, the error of quantization shrinks."""
+
+import copy
+
+import pytest
+import torch
+
+import pq_ao
+from pq_ao import prefixquant_config
+from pq_ao.balance import balance_block
+from pq_ao.block_calibration import store_prefix
+from pq_ao.block_sites import BlockSites
+from pq_ao.families import family_of
+from pq_ao.rotation import begin_rotation
+from pq_ao.streams import Stream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDS = torch.randint(3, 300, (8, 48), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _with_outlier_channels(model):
+    """Channels of up_proj and v_proj far larger than the others, undone behind: the function stays."""
+    for layer in model.model.layers:
+        mlp, attention = layer.mlp, layer.self_attn
+        for channel, factor in ((3, 30.0), (77, 80.0)):
+            mlp.up_proj.weight[channel] *= factor
+            mlp.down_proj.weight[:, channel] /= factor
+        attention.v_proj.weight[5] *= 20  # channel 5 of the first KV head, which query heads 0 and 1 read
+        for head in (0, 1):
+            attention.o_proj.weight[:, head * attention.head_dim + 5] /= 20
+    return model
+
+
+@torch.no_grad()
+def _first_block(model, config):
+    """The first block, rotated, with its prefix, in float32, and its sites and rotation."""
+    family = family_of(model)
+    rotator = begin_rotation(model, config, seed=0, block_dtype=torch.float32)
+    body = Stream(model, family, IDS)
+    head = Stream(model, family, torch.tensor([[5, 0]]), first_position=-2)
+    layer = model.get_submodule(family.layers)[0]
+    rotator.replace(layer, 0)
+    store_prefix(layer, family, head)
+    return BlockSites(layer, family, body, body), rotator.rotation
+
+
+@pytest.mark.parametrize("rotation", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_block_stays_the_same_function_of_text_behind_the_same_prefix(make_tiny, family, rotation):
+    model = _with_outlier_channels(make_tiny(family))
+    sites, found_rotation = _first_block(model, prefixquant_config(rotation=rotation))
+    before = copy.deepcopy(sites.layer)
+    found = balance_block(sites, found_rotation)
+    assert found["down_in_balance"] and found["o_in_balance"]
+    after = sites.layer
+    assert not torch.equal(before.mlp.down_proj.weight, after.mlp.down_proj.weight)
+    assert not torch.equal(before.self_attn.prefix_v, after.self_attn.prefix_v)
+    assert torch.equal(before.self_attn.prefix_k, after.self_attn.prefix_k)
+    hidden = sites.floats.hidden[:2]
+    expected, actual = (sites.floats.run(layer, hidden) for layer in (before, after))
+    assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+@torch.no_grad()
+def test_outlier_channels_are_taken_back(make_tiny):
+    """Behind it, what is quantized is spread as if those channels had never been made."""
+    kurtosis = {}
+    for name, prepare in (("plain", lambda model: model), ("outliers", _with_outlier_channels)):
+        sites, rotation = _first_block(prepare(make_tiny("llama")), prefixquant_config())
+        if name == "outliers":
+            kurtosis["unbalanced"] = _spread(sites)
+        balance_block(sites, rotation)
+        kurtosis[name] = _spread(sites)
+    for site in ("o_in", "down_in"):
+        assert kurtosis["outliers"][site] < 1.2 * kurtosis["plain"][site]
+        assert kurtosis["outliers"][site] < 0.8 * kurtosis["unbalanced"][site]
+
+
+def _spread(sites):
+    """Largest token over the mean one, root mean squares."""
+    inputs, _ = sites.float_sample(("o_in", "down_in"), 4096)
+    sizes = {site: x.square().mean(dim=1).sqrt() for site, x in inputs.items()}
+    return {site: float(size.max() / size.mean()) for site, size in sizes.items()}
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_quantized_model_comes_nearer_to_floating_point(make_tiny, tiny_tokenizer, english, mode):
+    errors = {}
+    for balance in (False, True):
+        model = _with_outlier_channels(make_tiny("llama"))
+        record = pq_ao.calibrate(
+            model, tiny_tokenizer, prefixquant_config(mode=mode), data=english, num_sequences=8, sequence_length=64,
+            balance=balance, prefix_ids=(5, 0), progress=False,
+        )  # fmt: skip
+        assert all(("down_in_balance" in scales) == balance for scales in record.scales)
+        with torch.no_grad():
+            exact = model(IDS).logits
+            with pq_ao.reference_path(model):
+                errors[balance] = float((model(IDS).logits - exact).square().mean())
+    assert errors[True] < 0.7 * errors[False]
+
+
+@torch.no_grad()
+def test_dead_channels_and_dead_weights_stay_finite(make_tiny):
+    model = make_tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[4] = 0
+        layer.mlp.down_proj.weight[:, 9] = 0
+        layer.self_attn.v_proj.weight[:24] = 0  # a whole KV head
+    sites, rotation = _first_block(model, prefixquant_config())
+    balance_block(sites, rotation)
+    assert all(torch.isfinite(tensor).all() for tensor in sites.layer.state_dict().values() if tensor is not None)
