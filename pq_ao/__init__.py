@@ -1,10 +1,13 @@
 """PrefixQuant for PyTorch: W4A4KV4 with static scales, as torchao tensor subclasses.
 
-Public names resolve on first use, so that ``import pq_ao.ops`` needs neither torchao nor transformers.
+Public names resolve on first use, so that ``import pq_ao.ops`` needs neither torchao nor transformers. The import also
+lets transformers load what `save` and `save_pretrained` wrote, now or as soon as transformers is imported.
 """
 
 import importlib
 from typing import Any
+
+from pq_ao.registration import register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,8 @@ _HOME = {
     "recommended_compile_options": "pq_ao.static_step",
     "random_quantized_decoder": "pq_ao.random_decoder",
     "quantize_head_": "pq_ao.head",
+    "save": "pq_ao.checkpoint.saving",
+    "push_to_hub": "pq_ao.checkpoint.saving",
 }
 
 __all__ = sorted(_HOME)
@@ -45,3 +50,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register_with_transformers()

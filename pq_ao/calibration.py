@@ -15,6 +15,7 @@ from pq_ao import __version__
 from pq_ao.balance import balance_block
 from pq_ao.block_calibration import block_tensors, calibrate_block, cast_block, restore_block, store_prefix
 from pq_ao.block_sites import BlockSites
+from pq_ao.checkpoint.quantizer import attach
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
 from pq_ao.data import TextSource, calibration_windows
 from pq_ao.families import family_of
@@ -149,6 +150,7 @@ def calibrate(
         _Pipeline(model, record, train, validation, storage, progress).run(journal)
     record.seconds = time.perf_counter() - started
     model.calibration_record = record
+    attach(model)
     return record
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pq_ao.files import TEMPORARY, replace_file
 from pq_ao.fingerprint import plain_cpu
 
 FORMAT = "pq_ao calibration journal"
@@ -24,7 +25,6 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = "journal.lock"
 
-_TEMPORARY = ".tmp"
 _HASH_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 60
 
@@ -75,7 +75,7 @@ class CalibrationJournal:
             if (self.folder / MANIFEST).exists():
                 self._resume()
             else:
-                _replace(self.folder / MANIFEST, self._manifest([]))
+                replace_file(self.folder / MANIFEST, self._manifest([]))
         except BaseException:
             self.close()
             raise
@@ -108,8 +108,8 @@ class CalibrationJournal:
         entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         path = self._block_path(index)
         try:
-            _replace(path, content)
-            _replace(self.folder / MANIFEST, self._manifest([*self._blocks, entry]))
+            replace_file(path, content)
+            replace_file(self.folder / MANIFEST, self._manifest([*self._blocks, entry]))
         except OSError as error:
             advice = (
                 f"block {index} could not be kept safely ({len(content)} bytes); the blocks before it stand. "
@@ -173,7 +173,7 @@ class CalibrationJournal:
         if MANIFEST in names:
             self._load()
         # the two that a process killed before its first manifest leaves
-        elif names - {LOCK, MANIFEST + _TEMPORARY}:
+        elif names - {LOCK, MANIFEST + TEMPORARY}:
             raise ValueError(
                 f"folder={str(self.folder)!r} is not empty and holds no journal ({MANIFEST} is missing); "
                 "give a new or an empty folder."
@@ -312,29 +312,6 @@ def _warn_unlocked(folder: Path, why: str) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Puts `content` in the place of `path`: the old file or the new one stands there, even after a power cut."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        with temporary.open("xb") as file:  # "x" follows no link out of the folder
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that cannot sync folders (some FUSE and network ones)
-                raise
-        finally:
-            os.close(folder)
 
 
 def _sha256(path: Path) -> str:

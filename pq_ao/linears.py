@@ -83,6 +83,10 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         self.weight = nn.Parameter(self.packed, requires_grad=False)
         self.bias = None if self.packed_bias is None else nn.Parameter(self.packed_bias, requires_grad=False)
         self.packed = self.packed_bias = None
+        self.compute_on_integers_()
+
+    def compute_on_integers_(self) -> None:
+        """Sends this linear, whose weight is packed, and its quantizers over to integers."""
         counters(self.weight.device)  # must exist before a CUDA graph is recorded
         for module in (self, *self.quantizers):
             module.path = Path.INTEGER

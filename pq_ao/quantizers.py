@@ -68,9 +68,10 @@ class ActivationQuantizer(FixedDtype):
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
         self.observer: Callable[[Tensor], None] | None = None
-        self.register_buffer("scale", None if self.dynamic else torch.ones(1, device=device))
-        self.register_buffer("clip", torch.ones(1, device=device) if self.dynamic else None)
-        self.register_buffer("shift", torch.zeros(width, device=device))
+        factor = torch.ones(1, dtype=torch.float32, device=device)  # whatever torch's default dtype is
+        self.register_buffer("scale", None if self.dynamic else factor)
+        self.register_buffer("clip", factor if self.dynamic else None)
+        self.register_buffer("shift", torch.zeros(width, dtype=torch.float32, device=device))
 
     def encoding(self, tokens: int) -> torch.dtype:
         """dtype of the codes that the linear behind reads best for so many tokens."""
@@ -120,9 +121,9 @@ class KVQuantizer(FixedDtype):
         quantized = self.bits < 16
         for name in ("key", "value"):
             for kind, used in (("scale", not self.dynamic), ("clip", self.dynamic)):
-                factor = torch.ones(kv_heads, device=device) if quantized and used else None
+                factor = torch.ones(kv_heads, dtype=torch.float32, device=device) if quantized and used else None
                 self.register_buffer(f"{name}_{kind}", factor)
-            shift = torch.zeros(kv_heads, 1, head_dim, device=device) if quantized else None
+            shift = torch.zeros(kv_heads, 1, head_dim, dtype=torch.float32, device=device) if quantized else None
             self.register_buffer(f"{name}_shift", shift)
 
     def _codes(self, x_BGLD: Tensor, scale: Tensor | None, clip: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:

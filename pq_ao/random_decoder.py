@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from pq_ao.checkpoint.quantizer import attach
 from pq_ao.families import DecoderFamily, family_of, replace_submodule
 from pq_ao.linears import CalibratedLinear
 from pq_ao.modules import PrefixAttention
@@ -88,6 +89,7 @@ def random_quantized_decoder(
         layers.append(block)
         blocks[index] = None
     model.requires_grad_(False)
+    attach(model)
     return model.eval()
 
 
