@@ -53,12 +53,11 @@ class BlockSites:
     Args:
         layer: decoder layer with our modules.
         family: where they are.
-        body: the sequences on the quantized path.
-        floats: the same on the floating-point path.
+        body: the sequences, as the quantized blocks before have left them.
     """
 
-    def __init__(self, layer: nn.Module, family: DecoderFamily, body: Stream, floats: Stream):
-        self.layer, self.body, self.floats = layer, body, floats
+    def __init__(self, layer: nn.Module, family: DecoderFamily, body: Stream):
+        self.layer, self.body = layer, body
         self.attention = layer.get_submodule(family.attention)
         self.norm = layer.get_submodule(family.attention_norm)
         mlp = layer.get_submodule(family.mlp)
@@ -84,7 +83,7 @@ class BlockSites:
         fits = self.body.tokens * self.linears[site].in_features * 4 <= _RECORDED_BYTES
         recorded = []
         for batch in self.body.batches():
-            x = self._input(site, self.body, batch)
+            x = self._input(site, batch)
             yield x
             if fits:
                 recorded.append(x)
@@ -92,20 +91,20 @@ class BlockSites:
             self._recorded = (site, recorded)
 
     def float_inputs(self, site: str) -> Iterator[Tensor]:
-        """The same inputs in the floating-point model."""
-        for batch in self.floats.batches():
+        """The same inputs where nothing of this block is quantized."""
+        for batch in self.body.batches():
             with on_path(path_switches(self.layer), Path.FLOAT):
-                x = self._input(site, self.floats, batch)
+                x = self._input(site, batch)
             yield x
 
     def float_sample(self, names: tuple[str, ...], tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Some tokens of the floating-point path, evenly spread.
+        """Some tokens, evenly spread, where nothing of this block is quantized.
 
         Returns:
             inputs of the sites, float32 [T, K] each; and how much a squared error of the block's output matters for
             each token, float32 [T]: what comes next is a norm, so as much as the output is small.
         """
-        stride = max(1, self.floats.tokens // tokens)
+        stride = max(1, self.body.tokens // tokens)
         inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         importance = []
         for name in names:
@@ -113,21 +112,21 @@ class BlockSites:
             self.quantizers[name].observer = lambda x, kept=kept: kept.append(x.flatten(0, -2)[::stride].clone())
         try:
             with on_path(path_switches(self.layer), Path.FLOAT):
-                for batch in self.floats.batches():
-                    output = self.floats.run(self.layer, batch).flatten(0, -2)[::stride]
+                for batch in self.body.batches():
+                    output = self.body.run(self.layer, batch).flatten(0, -2)[::stride]
                     importance.append(1 / output.square().mean(dim=1).clamp_min(1e-20))
         finally:
             for name in names:
                 self.quantizers[name].observer = None
         return {name: torch.cat(parts) for name, parts in inputs.items()}, torch.cat(importance)
 
-    def _input(self, site: str, stream: Stream, batch: Tensor) -> Tensor:
+    def _input(self, site: str, batch: Tensor) -> Tensor:
         def reached(x: Tensor) -> None:
             raise _Reached(x.flatten(0, -2))
 
         self.quantizers[site].observer = reached
         try:
-            stream.run(self.layer, batch)
+            self.body.run(self.layer, batch)
         except _Reached as end:
             return end.args[0]
         finally:

@@ -179,10 +179,10 @@ class _Pipeline:
         self.layers = model.get_submodule(self.family.layers)
         prefix = torch.tensor([record.prefix.prefix_ids], dtype=torch.int64)
         self.head = Stream(model, self.family, prefix, first_position=-prefix.shape[1])
-        self.body, self.floats = (Stream(model, self.family, train, storage=storage) for _ in range(2))
-        self.validation = ()
-        if record.finetune is not None:
-            self.validation = tuple(Stream(model, self.family, validation, storage=storage) for _ in range(2))
+        # what each block is to learn; the quantized path itself is all that scales and codes are chosen on
+        learns = record.finetune is not None
+        self.body, *self.floats = (Stream(model, self.family, train, storage=storage) for _ in range(1 + learns))
+        self.validation = [Stream(model, self.family, validation, storage=storage) for _ in range(2 * learns)]
         self.finetuner: Finetuner | None = None
 
     def run(self, journal: CalibrationJournal | None) -> None:
@@ -193,7 +193,7 @@ class _Pipeline:
             self.rotator.replace(layer, index)  # in float32, one block at a time
             if self.record.prefix.prefix_ids:
                 store_prefix(layer, self.family, self.head)
-            sites = BlockSites(layer, self.family, self.body, self.floats)
+            sites = BlockSites(layer, self.family, self.body)
             found = balance_block(sites, self.rotator.rotation) if self.record.balance else {}
             if index < finished:
                 tensors, facts = journal.read(index)
@@ -221,14 +221,14 @@ class _Pipeline:
         if record.finetune is None:
             return {"scales": scales}
         self.finetuner = self.finetuner or Finetuner(layer, record.finetune, record.seed, self.progress)
-        pairs = Pairs(self.body, self.floats), Pairs(*self.validation)
+        pairs = Pairs(self.body, *self.floats), Pairs(*self.validation)
         started = time.perf_counter()
         history = self.finetuner.train(layer, index, rounded, *pairs)
         record.finetuning_seconds.append(time.perf_counter() - started)
         return {"scales": scales, "finetuning": history.to_dict()}
 
     def _advance_floats(self, layer: nn.Module) -> None:
-        for stream in (self.floats, *self.validation[1:]):
+        for stream in (*self.floats, *self.validation[1:]):
             stream.advance(layer)
 
 

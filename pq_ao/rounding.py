@@ -77,7 +77,7 @@ def round_gptq(weight: Tensor, bits: int, inputs: LayerInputs) -> RoundedWeight:
     """Codes rounded column by column, each column's error made up for by those that follow (GPTQ).
 
     It rounds the real-valued weight that gives the floating-point output best from quantized inputs, so that errors
-    of layers before are made up for as well. Columns of large inputs go first.
+    of the block up to here are made up for as well. Columns of large inputs go first.
 
     Args and result: see `round_nearest`.
     """

@@ -42,7 +42,7 @@ def _first_block(model, config):
     layer = model.get_submodule(family.layers)[0]
     rotator.replace(layer, 0)
     store_prefix(layer, family, head)
-    return BlockSites(layer, family, body, body), rotator.rotation
+    return BlockSites(layer, family, body), rotator.rotation
 
 
 @pytest.mark.parametrize("rotation", [True, False])
@@ -58,8 +58,8 @@ def test_block_stays_the_same_function_of_text_behind_the_same_prefix(make_tiny,
     assert not torch.equal(before.mlp.down_proj.weight, after.mlp.down_proj.weight)
     assert not torch.equal(before.self_attn.prefix_v, after.self_attn.prefix_v)
     assert torch.equal(before.self_attn.prefix_k, after.self_attn.prefix_k)
-    hidden = sites.floats.hidden[:2]
-    expected, actual = (sites.floats.run(layer, hidden) for layer in (before, after))
+    hidden = sites.body.hidden[:2]
+    expected, actual = (sites.body.run(layer, hidden) for layer in (before, after))
     assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 

@@ -1,0 +1,269 @@
+"""Runs an exported decoder. Needs torch and `pq_ao.ops`: neither torchao nor transformers is imported.
+
+Shape suffixes: B batch, L tokens, V vocabulary.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+import pq_ao.ops  # noqa: F401  registers the ops that the programs call
+from pq_ao.export_manifest import PROGRAMS, Manifest, checked_file, read_manifest
+from pq_ao.ops.kernels.workspace import counters
+
+# the cache's buffers in a program; every other name belongs to the model
+CACHE_PREFIX = "cache_"
+LENGTH_NAME = "cache_length"
+
+Step = Callable[[Tensor], Tensor]
+
+
+class ExportedDecoder:
+    """Prefill and decode over one cache, and greedy generation on top of them.
+
+    Rows of a batch have the same length: there is no padding. Of a batch, rows that are finished give padding.
+
+    Args:
+        prefill: ids [B, L] with 2 <= L <= max_prefill_len to logits [B, V]; appends to the cache.
+        decode: ids [B, 1] to logits [B, V]; appends to the same cache.
+        length: int64 tensor of no dimension, tokens in the cache; both programs move it on.
+        manifest: of the programs.
+    """
+
+    def __init__(self, prefill: Step, decode: Step, length: Tensor, manifest: Manifest):
+        self.manifest = manifest
+        self._prefill, self._decode, self._length = prefill, decode, length
+        self._held = 0  # the same number, as the host knows it
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go in and logits come out."""
+        return self._length.device
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache."""
+        return self._held
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._length.zero_()
+        self._held = 0
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Appends tokens to the cache.
+
+        Args:
+            input_ids: integers [B, L]; more than max_prefill_len run in several calls.
+
+        Returns:
+            [B, V] logits of the last token.
+
+        Raises:
+            ValueError: wrong shape or batch, no tokens, ids that the model does not have, or more tokens than the
+                cache has room for.
+            TypeError: ids that are not integers.
+        """
+        ids = self._checked(input_ids)
+        self._check_room(ids.shape[1])
+        logits = None
+        for part in ids.split(self.manifest.max_prefill_len, dim=1):
+            step = self._decode if part.shape[1] == 1 else self._prefill
+            logits = step(part.contiguous())
+            self._held += part.shape[1]
+        return logits
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Appends one token a row.
+
+        Args:
+            tokens: int64 [B], on the programs' device.
+
+        Returns:
+            [B, V] logits; where decode is compiled with CUDA graphs, valid until the next call.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        self._check_room(1)
+        logits = self._decode(tokens.view(self.manifest.batch_size, 1))
+        self._held += 1
+        return logits
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 128, **options) -> Tensor:
+        """Begins a new text and generates a whole reply, greedily.
+
+        Args:
+            input_ids: see `prefill`.
+            max_new_tokens, options: see `stream`.
+
+        Returns:
+            int64 [B, L + new tokens] on the CPU: prompt and reply.
+        """
+        reply = list(self.stream(input_ids, max_new_tokens, **options))
+        return torch.cat((input_ids.cpu().to(torch.int64), torch.stack(reply, dim=1)), dim=1)
+
+    def stream(
+        self, input_ids: Tensor, max_new_tokens: int = 128, *, eos_token_ids: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """Begins a new text and yields the likeliest tokens step by step, as int64 [B] on the CPU.
+
+        Args:
+            input_ids: see `prefill`.
+            max_new_tokens: at least 1.
+            eos_token_ids: tokens that end a row; None for those of the model, an empty tuple for none.
+
+        Raises:
+            ValueError, TypeError: see `prefill`; or prompt and `max_new_tokens` exceed the cache.
+        """
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be an integer of at least 1.")
+        ids = self._checked(input_ids)
+        self.reset()
+        self._check_room(ids.shape[1] + max_new_tokens)
+        ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
+        return self._run(ids, max_new_tokens, torch.tensor(tuple(ends), dtype=torch.int64))
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, max_new_tokens: int, ends: Tensor) -> Iterator[Tensor]:
+        logits = self.prefill(ids)
+        finished = torch.zeros(self.manifest.batch_size, dtype=torch.bool)
+        for left in reversed(range(max_new_tokens)):
+            token = logits.argmax(dim=-1)
+            given = token.cpu().masked_fill(finished, self.manifest.pad_token_id)
+            finished |= torch.isin(given, ends)
+            yield given
+            if finished.all():
+                break
+            if left:
+                logits = self.decode(given.to(self.device))
+
+    def _check_room(self, length: int) -> None:
+        room = self.manifest.max_cache_len
+        if self._held + length > room:
+            raise ValueError(
+                f"max_cache_len={room}: the cache holds {self._held} tokens; {length} more (prompt and reply) do not "
+                f"fit; export the model with max_cache_len={self._held + length} or more, or reset() this decoder."
+            )
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """int64 ids on the programs' device."""
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"input_ids: got {getattr(ids, 'dtype', type(ids).__name__)}; pass a tensor of integers.")
+        batch, vocab = self.manifest.batch_size, self.manifest.vocab_size
+        if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: got shape {tuple(ids.shape)}; these programs take [{batch}, L] with at least one token. "
+                "For another batch export the model with that batch_size."
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab:  # on a GPU this would end the process
+            raise ValueError(f"input_ids: has ids from {low} to {high}, but the model's embedding has {vocab} rows.")
+        return ids.to(self.device, torch.int64)
+
+
+def cache_names(program: ExportedProgram) -> list[str]:
+    """Names of the buffers that a program changes: keys, values, per-token scales and the length."""
+    return sorted(program.graph_signature.buffers_to_mutate.values())
+
+
+def share_state(prefill: ExportedProgram, decode: ExportedProgram) -> None:
+    """Gives both programs one empty cache, and decode the weights of prefill; in place.
+
+    Raises:
+        ValueError: decode has a tensor that prefill lacks.
+    """
+    shapes = {
+        spec.target: node.meta["val"]
+        for node, spec in zip(
+            (node for node in prefill.graph.nodes if node.op == "placeholder"),
+            prefill.graph_signature.input_specs,
+            strict=True,
+        )
+        if spec.target is not None
+    }
+    for name in cache_names(prefill):
+        like = shapes[name]
+        prefill.state_dict[name] = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
+    for mine, theirs in ((decode.state_dict, prefill.state_dict), (decode.constants, prefill.constants)):
+        if missing := sorted(mine.keys() - theirs.keys()):
+            raise ValueError(f"decode: has {missing[0]!r}, which prefill lacks: the programs are of different models.")
+        for name in mine:
+            mine[name] = theirs[name]
+
+
+def load_exported(folder: str | os.PathLike[str], *, compile_options: dict[str, Any] | None = None) -> ExportedDecoder:
+    """Loads what `export_decoder(...).save(folder)` wrote.
+
+    A program is code: load only what comes from somebody you trust. The checks here find damage, not malice.
+
+    Args:
+        folder: with a manifest.json.
+        compile_options: keyword arguments of `torch.compile` for decode, such as {"mode": "reduce-overhead"} on a GPU;
+            None runs it as it is. Packages of AOTInductor are compiled already.
+
+    Raises:
+        ValueError: the folder is damaged, incomplete or of a later version; its device is not here; or
+            `compile_options` for packages.
+
+    Example::
+
+        decoder = load_exported("out/exported")
+        print(decoder.generate(torch.tensor([[1, 15, 27]]), max_new_tokens=32))
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    paths = {name: checked_file(folder, manifest, name) for name in PROGRAMS}
+    if manifest.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"folder={str(folder)!r}: the programs are for CUDA, and there is no GPU here; export the model on the CPU."
+        )
+    programs = {name: _load_program(path, manifest) for name, path in paths.items()}
+    share_state(programs["prefill"], programs["decode"])
+    _check_cache(programs["prefill"], manifest, folder)
+    return decoder_of(programs["prefill"], programs["decode"], manifest, compile_options)
+
+
+def decoder_of(
+    prefill: ExportedProgram,
+    decode: ExportedProgram,
+    manifest: Manifest,
+    compile_options: dict[str, Any] | None = None,
+) -> ExportedDecoder:
+    """Of programs that share their state already."""
+    length = prefill.state_dict[LENGTH_NAME]
+    counters(length.device)  # must exist before a CUDA graph is recorded
+    step = decode.module()
+    if compile_options is not None:
+        step = torch.compile(step, **compile_options)
+    return ExportedDecoder(prefill.module(), step, length, manifest)
+
+
+def _load_program(path: Path, manifest: Manifest) -> ExportedProgram:
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises whatever its parser meets
+        raise ValueError(
+            f"{path}: torch {torch.__version__} cannot load this program, which torch {manifest.torch} wrote "
+            f"({type(error).__name__}: {error}). Export the model again with the torch that is here."
+        ) from error
+
+
+def _check_cache(prefill: ExportedProgram, manifest: Manifest, folder: Path) -> None:
+    """The manifest must not promise room that the cache does not have: what finds no slot is not stored."""
+    for name in cache_names(prefill):
+        tensor = prefill.state_dict[name]
+        if name != LENGTH_NAME and (tensor.shape[0], tensor.shape[2]) != (manifest.batch_size, manifest.max_cache_len):
+            raise ValueError(
+                f"folder={str(folder)!r}: manifest.json says batch_size={manifest.batch_size} and "
+                f"max_cache_len={manifest.max_cache_len}, but {name} of the program is {tuple(tensor.shape)}. Restore "
+                "the folder, or export the model again."
+            )
