@@ -25,8 +25,8 @@ def one_run(*rows: dict) -> str:
 
 def row(ppl: float | None, **changes) -> dict:
     row = {"model": "m", "scheme": "w4a4kv4", "mode": "static", "path": "integer", "prefix": True, "rotation": True}
-    row |= {"balance": True, "search": "tensor", "rounding": "nearest", "finetuned": False, "corpus": "text", "seqlen": 2048}
-    return row | {"windows": 10, "ppl": ppl, "seed": 0} | CALIBRATED | changes
+    row |= {"balance": True, "search": "tensor", "rounding": "nearest", "finetuned": False, "corpus": "text"}
+    return row | {"seqlen": 2048, "windows": 10, "ppl": ppl, "seed": 0} | CALIBRATED | changes
 
 
 def floating(ppl: float, **changes) -> dict:
