@@ -30,7 +30,7 @@ from pq_ao.quantizers import ActivationQuantizer
 from pq_ao.rotation import Rotation
 from pq_ao.scale_search import Found, best_scale
 
-_ORDERS = (2.0, 4.0, 16.0)
+_ORDERS = (2.0, 16.0)
 _EXPONENTS = (0.5, 0.625, 0.75)
 
 _TOKENS = 4096  # that candidates are tried on, evenly spread over the calibration sequences
