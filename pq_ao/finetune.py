@@ -1,4 +1,8 @@
-"""Block-wise fine-tuning (method section 5): a quantized block learns the output of the floating-point one."""
+"""Block-wise fine-tuning (method section 5): a quantized block learns the output of the floating-point one.
+
+The loss is the squared error of each token over the square of its own output: what comes next is a norm, and the few
+tokens with outputs ten times as large (method section 3) would be most of a plain mean squared error.
+"""
 
 import math
 import warnings
@@ -7,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from pq_ao.rounding import RoundedWeight
@@ -15,6 +18,7 @@ from pq_ao.streams import Stream
 from pq_ao.trained_block import BlockFrame, BlockTensors
 
 _LOWEST_RATE = 0.1  # of the learning rate, where the cosine ends
+_SMALLEST_POWER = 1e-20
 
 
 class FinetuneWarning(UserWarning):
@@ -59,7 +63,7 @@ class FinetuneConfig:
 
 @dataclass
 class BlockHistory:
-    """How the fine-tuning of a block went. Errors are the squared error of its output over that output's square.
+    """How the fine-tuning of a block went. Errors are relative squared ones, the mean over tokens.
 
     Attributes:
         before: validation error of the block as it was rounded.
@@ -89,11 +93,6 @@ class Pairs(NamedTuple):
     inputs: Stream
     targets: Stream
 
-    def power(self) -> float:
-        """Mean square of the targets."""
-        total = sum(float(batch.square().sum(dtype=torch.float64)) for batch in self.targets.batches())
-        return total / self.targets.hidden.numel()
-
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets [n, T, d] of the chosen sequences, int64 [n] on the CPU."""
         device = self.inputs.device
@@ -119,10 +118,12 @@ class Finetuner:
             self.error = torch.compile(self._error, dynamic=False)
 
     def _error(self, tensors: BlockTensors, batch: tuple[Tensor, Tensor], mask: Tensor, angles: tuple) -> Tensor:
-        """Mean squared error of a batch."""
+        """Mean relative squared error of the tokens of a batch."""
         hidden, target = batch
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-            return F.mse_loss(self.frame.outputs(tensors, hidden, mask, angles).float(), target)
+            output = self.frame.outputs(tensors, hidden, mask, angles).float()
+        power = target.square().mean(dim=-1).clamp_min(_SMALLEST_POWER)
+        return ((output - target).square().mean(dim=-1) / power).mean()
 
     def train(
         self, block: nn.Module, index: int, rounded: dict[str, RoundedWeight], pairs: Pairs, validation: Pairs
@@ -139,16 +140,15 @@ class Finetuner:
             FinetuneWarning: an error was not finite; the block keeps its best state until then.
         """
         tensors = self.frame.tensors(block, rounded)
-        power = pairs.power()
-        history = BlockHistory(self._mean_error(tensors, validation) / power)
+        history = BlockHistory(self._mean_error(tensors, validation))
         best, lowest = _copies(tensors.trained), history.before
         optimizer, schedule = self._optimizer(tensors.trained, len(pairs.inputs.hidden))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         epochs = range(1, self.config.epochs + 1)
         with tqdm(epochs, f"fine-tuning block {index}", unit="epoch", leave=False, disable=not self.progress) as bar:
             for epoch in bar:
-                history.training.append(self._epoch(tensors, pairs, optimizer, schedule, generator, power))
-                history.validation.append(self._mean_error(tensors, validation) / power)
+                history.training.append(self._epoch(tensors, pairs, optimizer, schedule, generator))
+                history.validation.append(self._mean_error(tensors, validation))
                 if not math.isfinite(history.training[-1] + history.validation[-1]):
                     history.stopped = f"the error was not finite in epoch {epoch}"
                     break
@@ -182,15 +182,14 @@ class Finetuner:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
     @torch.enable_grad()
-    def _epoch(self, tensors: BlockTensors, pairs: Pairs, optimizer, schedule, generator, power: float) -> float:
+    def _epoch(self, tensors: BlockTensors, pairs: Pairs, optimizer, schedule, generator) -> float:
         """One pass over the sequences in random order; a rest smaller than a batch waits for another epoch."""
         count, size = len(pairs.inputs.hidden), self.config.batch_size
         order = torch.randperm(count, generator=generator)
         total = torch.zeros((), device=pairs.inputs.device)
         batches = order[: max(size, count - count % size)].split(size)
         for chosen in batches:
-            # over the power, so that the optimizer's epsilon is small beside every gradient
-            error = self._of_batch(tensors, pairs, chosen) / power
+            error = self._of_batch(tensors, pairs, chosen)
             error.backward()
             optimizer.step()
             schedule.step()
