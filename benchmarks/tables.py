@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.accuracy_table import accuracy
+from benchmarks.calibration_table import calibration
 from benchmarks.generation_table import generation, speedups
 from benchmarks.kernels_table import kernels
 from benchmarks.results_file import RESULTS, ROOT, Results, load_results
@@ -35,7 +36,12 @@ def _with_plot(results: Iterable[Results]) -> str:
     return f"{text}\n\n![speed-up over compiled bf16 against batch size](benchmarks/results/{PLOT})"
 
 
-SECTIONS = (_Section("accuracy", accuracy), _Section("generation", _with_plot), _Section("kernels", kernels))
+SECTIONS = (
+    _Section("accuracy", accuracy),
+    _Section("calibration", calibration),
+    _Section("generation", _with_plot),
+    _Section("kernels", kernels),
+)
 
 
 def updated(readme: str, folder: str | os.PathLike[str] = RESULTS) -> str:
