@@ -19,13 +19,11 @@ def calibration(results: Iterable[Results]) -> str:
     """
     found = newest_rows(results, CALIBRATION_KEYS)
     if not found:
-        return (
-            "No results yet: `python -m benchmarks.calibration` writes them, `python -m benchmarks.tables` this table."
-        )
+        return "No results yet: `python -m benchmarks.calibration` writes them, `python -m benchmarks.tables` this."
     first = found[0][0]
     lines = [
-        f"A block of {first['model']}'s shape with random weights, times {first['blocks']}; fine-tuning with the paper's "
-        "settings, from fewer epochs.",
+        f"A block of {first['model']}'s shape with random weights, times {first['blocks']}; fine-tuning with the "
+        "paper's settings, from fewer epochs.",
         "",
         f"| {' | '.join(_HEADER)} |",
         "|" + "---|" * len(_HEADER),
