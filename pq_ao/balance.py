@@ -33,7 +33,7 @@ from pq_ao.scale_search import Found, best_scale
 _ORDERS = (2.0, 16.0)
 _EXPONENTS = (0.5, 0.625, 0.75)
 
-_TOKENS = 4096  # that candidates are tried on, evenly spread over the calibration sequences
+_TOKENS = 2048  # that candidates are tried on, evenly spread over the calibration sequences
 _LARGEST = 1e3  # factor, over the median one
 # of the absmax: near the best for values that a Hadamard rotation has mixed
 _WEIGHT_CLIP, _TOKEN_CLIP = 0.8, 0.9
