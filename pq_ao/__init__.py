@@ -37,6 +37,10 @@ _HOME = {
     "quantize_head_": "pq_ao.head",
     "save": "pq_ao.checkpoint.saving",
     "push_to_hub": "pq_ao.checkpoint.saving",
+    "export_decoder": "pq_ao.export",
+    "DecoderPrograms": "pq_ao.export",
+    "load_exported": "pq_ao.exported",
+    "ExportedDecoder": "pq_ao.exported",
 }
 
 __all__ = sorted(_HOME)

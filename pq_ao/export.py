@@ -1,8 +1,8 @@
 """`export_decoder`: a quantized model as two programs of `torch.export` over one cache.
 
 Prefill and decode are two programs, for the best kernels differ: one has a dynamic length, the other one token. The
-cache is made of buffers of both (torch puts what a model reaches otherwise among its constants, apis of torch 2.13),
-and so is its length; a program moves them on in place. Both name the same buffers, so that whoever loads them lets one
+cache is made of buffers of both (what a model reaches in another way, torch takes for constants), and so is its
+length; a program moves them on in place. Both name the same buffers, so that whoever loads them lets one
 set of tensors stand in both: cache and weights are held once, and nothing is copied between prefill and decode. The
 weights are in the file of prefill; in that of decode, and for the cache in both, empty tensors hold their place.
 """
@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from pq_ao.cache import PrefixStaticCache
 from pq_ao.checkpoint.description import describe
+from pq_ao.export_aoti import compile_packages, decompositions
 from pq_ao.export_folder import write_folder
-from pq_ao.export_manifest import BACKENDS, Manifest
+from pq_ao.export_manifest import FILES, Manifest
 from pq_ao.exported import CACHE_PREFIX, LENGTH_NAME, ExportedDecoder, cache_names, decoder_of, share_state
 from pq_ao.ops.linear_paths import LinearPath, capability_of, forced_path
 
@@ -32,11 +33,15 @@ _TILE_CAPABILITY = (8, 0)
 
 
 class _CachedDecoder(nn.Module):
-    """The model and its cache, whose tensors are buffers here."""
+    """The model and its cache, whose tensors are buffers here.
 
-    def __init__(self, model: PreTrainedModel, cache: PrefixStaticCache):
+    Args:
+        unfused: gives attention a whole mask, as users may: it then takes the way of small ops over all slots.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PrefixStaticCache, unfused: bool):
         super().__init__()
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.unfused = model, cache, unfused
         self.layer_buffers = [
             {name: f"{CACHE_PREFIX}{name}_{index}" for name in _LAYER_TENSORS if getattr(layer, name) is not None}
             for index, layer in enumerate(cache.layers)
@@ -52,8 +57,21 @@ class _CachedDecoder(nn.Module):
             for name, buffer in names.items():  # a layer that kept its own would make constants of them
                 setattr(layer, name, getattr(self, buffer))
             layer.cumulative_length = getattr(self, LENGTH_NAME)
-        output = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=self._causal_mask(input_ids) if self.unfused else None,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return output.logits[:, -1]
+
+    def _causal_mask(self, input_ids: Tensor) -> Tensor:
+        """bool [B, 1, L, S]."""
+        batch, length = input_ids.shape
+        slots = torch.arange(self.cache.layers[0].max_cache_len, device=input_ids.device)
+        positions = torch.arange(length, device=input_ids.device) + getattr(self, LENGTH_NAME)
+        return (slots <= positions[:, None])[None, None].expand(batch, -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class DecoderPrograms:
         return decoder_of(self.prefill, self.decode, self.manifest)
 
     def save(self, folder: str | os.PathLike[str]) -> Manifest:
-        """Writes two .pt2 files and manifest.json; an older export there is replaced at once or not at all.
+        """Writes programs or packages and manifest.json; an older export there is replaced at once or not at all.
 
         `pq_ao.exported.load_exported` reads them. One process at a time may save into a folder.
 
@@ -94,11 +112,14 @@ class DecoderPrograms:
         return write_folder(Path(folder), self.manifest, self._write)
 
     def _write(self, staging: Path) -> None:
+        if self.manifest.backend == "aoti":
+            compile_packages(self.prefill, self.decode, staging)
+            return
         caches = cache_names(self.prefill)
         everything = [*self.decode.state_dict, *self.decode.constants]
         for name, program, left_out in (("prefill", self.prefill, caches), ("decode", self.decode, everything)):
             with _emptied(program, left_out):
-                torch.export.save(program, staging / f"{name}{BACKENDS['export']}")
+                torch.export.save(program, staging / f"{name}{FILES['export'][name]}")
 
 
 def export_decoder(
@@ -108,6 +129,7 @@ def export_decoder(
     *,
     max_prefill_len: int | None = None,
     strict: bool = False,
+    backend: str = "export",
 ) -> DecoderPrograms:
     """Exports a quantized model as programs of prefill and decode, which torch and `pq_ao.ops` alone can run.
 
@@ -121,9 +143,12 @@ def export_decoder(
         max_prefill_len: the most tokens of one call of prefill, 4 to max_cache_len; None for max_cache_len. Longer
             prompts run in several calls.
         strict: mode of `torch.export.export`.
+        backend: "export", or "aoti" for programs of `aten` alone, whose `save` compiles packages of AOTInductor, for
+            the CPU: half a minute each even for small models.
 
     Raises:
-        ValueError: the model is not quantized, a size is not allowed, or the GPU is older than compute capability 8.0.
+        ValueError: the model is not quantized, a size or backend is not allowed, "aoti" for a model on a GPU, or the
+            GPU is older than compute capability 8.0.
 
     Example::
 
@@ -140,13 +165,20 @@ def export_decoder(
         if not isinstance(size, int) or isinstance(size, bool) or size < low or (high is not None and size > high):
             allowed = f"at least {low}" if high is None else f"{low} to max_cache_len={high}"
             raise ValueError(f"{name}={size!r}: must be an integer, {allowed}.")
+    if backend not in FILES:
+        raise ValueError(f"backend={backend!r}: must be one of {tuple(FILES)}.")
+    if backend == "aoti" and model.device.type != "cpu":
+        raise ValueError(f"backend='aoti': for the CPU only, and the model is on {model.device}; use backend='export'.")
     length = Dim("length", min=2, max=max_prefill_len)
+    unfused = backend == "aoti"
     with torch.no_grad():
         with forced_path(_path_of_any_length(model.device)):
-            prefill = _export(model, batch_size, max_cache_len, min(_TRACED_LENGTH, max_prefill_len), strict, length)
-        decode = _export(model, batch_size, max_cache_len, 1, strict)
+            tokens = min(_TRACED_LENGTH, max_prefill_len)
+            prefill = _export(model, batch_size, max_cache_len, tokens, strict, unfused, length)
+        decode = _export(model, batch_size, max_cache_len, 1, strict, unfused)
     share_state(prefill, decode)
-    return DecoderPrograms(prefill, decode, _manifest(model, prefill, batch_size, max_cache_len, max_prefill_len))
+    manifest = _manifest(model, prefill, backend, batch_size, max_cache_len, max_prefill_len)
+    return DecoderPrograms(prefill, decode, manifest)
 
 
 def _path_of_any_length(device: torch.device) -> LinearPath:
@@ -162,28 +194,40 @@ def _path_of_any_length(device: torch.device) -> LinearPath:
 
 
 def _export(
-    model: PreTrainedModel, batch_size: int, max_cache_len: int, tokens: int, strict: bool, length: Dim | None = None
+    model: PreTrainedModel,
+    batch_size: int,
+    max_cache_len: int,
+    tokens: int,
+    strict: bool,
+    unfused: bool,
+    length: Dim | None = None,
 ) -> ExportedProgram:
     """One program; `length` is the dimension of the ids, None for exactly `tokens`."""
     # a cache of its own, for tracing leaves traces in it
-    decoder = _CachedDecoder(model, PrefixStaticCache(model, batch_size, max_cache_len)).eval()
+    decoder = _CachedDecoder(model, PrefixStaticCache(model, batch_size, max_cache_len), unfused).eval()
     ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=model.device)
     shapes = None if length is None else ({1: length},)
-    program = torch.export.export(decoder, (ids,), dynamic_shapes=shapes, strict=strict).run_decompositions()
+    program = torch.export.export(decoder, (ids,), dynamic_shapes=shapes, strict=strict)
+    program = program.run_decompositions(decompositions() if unfused else None)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
 
 
 def _manifest(
-    model: PreTrainedModel, prefill: ExportedProgram, batch_size: int, max_cache_len: int, max_prefill_len: int
+    model: PreTrainedModel,
+    prefill: ExportedProgram,
+    backend: str,
+    batch_size: int,
+    max_cache_len: int,
+    max_prefill_len: int,
 ) -> Manifest:
     logits = prefill.graph.output_node().args[0][-1].meta["val"]
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = model.generation_config.pad_token_id
     return Manifest(
-        backend="export",
+        backend=backend,
         batch_size=batch_size,
         max_cache_len=max_cache_len,
         max_prefill_len=max_prefill_len,

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pq_ao.export_manifest import BACKENDS, MANIFEST_NAME, PROGRAMS, Manifest, ProgramFile, read_manifest, sha256_of
+from pq_ao.export_manifest import FILES, MANIFEST_NAME, Manifest, ProgramFile, read_manifest, sha256_of
 from pq_ao.files import replace_file, sync_file, sync_folder
 
 _STAGING = ".pq_ao-exporting-"
-_PROGRAM_FILES = re.compile(r"(prefill|decode)-[0-9a-f]{16}(\.aoti)?\.pt2")
+_PROGRAM_FILES = re.compile(r"(prefill|decode|state)-[0-9a-f]{16}(\.aoti)?\.pt2?")
 
 
 def write_folder(folder: Path, manifest: Manifest, write: Callable[[Path], None]) -> Manifest:
@@ -25,7 +25,7 @@ def write_folder(folder: Path, manifest: Manifest, write: Callable[[Path], None]
     Args:
         folder: made if need be.
         manifest: without files.
-        write: writes a file for each of `PROGRAMS`, "<program><BACKENDS[manifest.backend]>", into a given folder.
+        write: writes the files of `FILES[manifest.backend]`, "<name><ending>", into a given folder.
 
     Returns:
         the manifest with its files.
@@ -41,7 +41,7 @@ def write_folder(folder: Path, manifest: Manifest, write: Callable[[Path], None]
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))  # inside, so that moving out of it is a rename
     try:
         write(staging)
-        files = {program: _moved(staging, folder, program, BACKENDS[manifest.backend]) for program in PROGRAMS}
+        files = {name: _moved(staging, folder, name, ending) for name, ending in FILES[manifest.backend].items()}
         sync_folder(folder)
         manifest = replace(manifest, files=files)
         replace_file(folder / MANIFEST_NAME, manifest.to_json())
@@ -61,11 +61,11 @@ def write_folder(folder: Path, manifest: Manifest, write: Callable[[Path], None]
     return manifest
 
 
-def _moved(staging: Path, folder: Path, program: str, ending: str) -> ProgramFile:
-    path = staging / f"{program}{ending}"
+def _moved(staging: Path, folder: Path, name: str, ending: str) -> ProgramFile:
+    path = staging / f"{name}{ending}"
     sync_file(path)
     digest = sha256_of(path)
-    entry = ProgramFile(f"{program}-{digest[:16]}{ending}", digest, path.stat().st_size)
+    entry = ProgramFile(f"{name}-{digest[:16]}{ending}", digest, path.stat().st_size)
     os.replace(path, folder / entry.file)
     return entry
 

@@ -9,8 +9,11 @@ from typing import Any
 MANIFEST_NAME = "manifest.json"
 FORMAT = "pq_ao exported decoder"
 FORMAT_VERSION = 1
-BACKENDS = {"export": ".pt2", "aoti": ".aoti.pt2"}  # and how their files end
-PROGRAMS = ("prefill", "decode")
+# the files of each backend, and how their names end
+FILES = {
+    "export": {"prefill": ".pt2", "decode": ".pt2"},
+    "aoti": {"prefill": ".aoti.pt2", "decode": ".aoti.pt2", "state": ".pt"},
+}
 
 _CHUNK = 1 << 20
 _RESTORE = "Restore the folder, or export the model again"
@@ -48,7 +51,7 @@ class Manifest:
         eos_token_ids: tokens that end a reply.
         pad_token_id: what stands behind the end of a row.
         torch: version that wrote the programs.
-        files: of "prefill" and "decode"; empty for programs that were not saved.
+        files: of "prefill" and "decode", and of packages the tensors, "state"; empty for what was not saved.
     """
 
     backend: str
@@ -114,7 +117,7 @@ def _is_sha256(value: Any) -> bool:
 
 
 _ALLOWED = {
-    "backend": (lambda value: value in tuple(BACKENDS), f"one of {tuple(BACKENDS)}"),
+    "backend": (lambda value: value in tuple(FILES), f"one of {tuple(FILES)}"),
     "batch_size": (_is_count, "a whole number of at least 1"),
     "max_cache_len": (_is_count, "a whole number of at least 1"),
     "max_prefill_len": (_is_count, "a whole number of at least 1"),
@@ -126,7 +129,7 @@ _ALLOWED = {
     "eos_token_ids": (lambda value: isinstance(value, list) and all(map(_is_id, value)), "a list of token ids"),
     "pad_token_id": (_is_id, "a token id"),
     "torch": (lambda value: isinstance(value, str), "a version"),
-    "files": (lambda value: isinstance(value, dict) and value.keys() == set(PROGRAMS), f"files of {PROGRAMS}"),
+    "files": (lambda value: isinstance(value, dict), "an object"),
 }
 
 
@@ -137,16 +140,18 @@ def _checked(facts: dict[str, Any], path: Path) -> Manifest:
     for name, (test, allowed) in _ALLOWED.items():
         if not test(facts[name]):
             raise ValueError(f"{path}: {name}={facts[name]!r:.80}: must be {allowed}. {_RESTORE}.")
-    files = {}
+    files, endings = {}, FILES[facts["backend"]]
+    if facts["files"].keys() != endings.keys():
+        raise ValueError(f"{path}: files={sorted(facts['files'])!r:.80}: must be {sorted(endings)}. {_RESTORE}.")
     for name, entry in facts["files"].items():
         wanted = {field.name for field in fields(ProgramFile)}
         if not isinstance(entry, dict) or entry.keys() != wanted:
             raise ValueError(f"{path}: files: {name!r} must have the fields {sorted(wanted)}. {_RESTORE}.")
         file = entry["file"]
-        if not isinstance(file, str) or not file.endswith(".pt2") or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not file.endswith(endings[name]) or Path(file).name != file or "\\" in file:
             raise ValueError(
-                f"{path}: files: {name!r} is {file!r:.80}; a .pt2 file of the same folder is required, and nothing "
-                "outside of it is loaded."
+                f"{path}: files: {name!r} is {file!r:.80}; a {endings[name]} file of the same folder is required, and "
+                "nothing outside of it is loaded."
             )
         if not _is_sha256(entry["sha256"]) or not _is_count(entry["bytes"]):
             raise ValueError(f"{path}: files: {name!r} lacks a proper sha256 or size. {_RESTORE}.")
@@ -163,21 +168,19 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def checked_file(folder: Path, manifest: Manifest, program: str) -> Path:
-    """The path of "prefill" or "decode", whose content is what the manifest says.
+def checked_file(folder: Path, manifest: Manifest, name: str) -> Path:
+    """The path of "prefill", "decode" or "state", whose content is what the manifest says.
 
     Raises:
         ValueError: the file is missing, a link out of the folder, or another than was saved.
     """
-    entry = manifest.files[program]
+    entry = manifest.files[name]
     path = folder / entry.file
     if not path.is_file() or path.resolve().parent != folder.resolve():
-        raise ValueError(f"{path}: the file of {program} is missing. {_RESTORE}.")
+        raise ValueError(f"{path}: the file of {name} is missing. {_RESTORE}.")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise ValueError(
-            f"{path}: has {size} bytes instead of {entry.bytes}: it was cut short or replaced. {_RESTORE}."
-        )
+        raise ValueError(f"{path}: has {size} bytes instead of {entry.bytes}: it was cut or replaced. {_RESTORE}.")
     if sha256_of(path) != entry.sha256:
         raise ValueError(f"{path}: its sha256 is not the one in {MANIFEST_NAME}: it is damaged. {_RESTORE}.")
     return path

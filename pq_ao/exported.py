@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 import pq_ao.ops  # noqa: F401  registers the ops that the programs call
-from pq_ao.export_manifest import PROGRAMS, Manifest, checked_file, read_manifest
+from pq_ao.export_manifest import FILES, Manifest, checked_file, read_manifest
 from pq_ao.ops.kernels.workspace import counters
 
 # the cache's buffers in a program; every other name belongs to the model
 CACHE_PREFIX = "cache_"
 LENGTH_NAME = "cache_length"
+
+_RESTORE = "Restore the folder, or export the model again"
 
 Step = Callable[[Tensor], Tensor]
 
@@ -175,29 +177,35 @@ def cache_names(program: ExportedProgram) -> list[str]:
     return sorted(program.graph_signature.buffers_to_mutate.values())
 
 
+def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
+    """The fake tensor behind every input of a program's graph: by name for its state, under "" for the ids."""
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    return {
+        spec.target or "": node.meta["val"]
+        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
+    }
+
+
 def share_state(prefill: ExportedProgram, decode: ExportedProgram) -> None:
     """Gives both programs one empty cache, and decode the weights of prefill; in place.
 
     Raises:
-        ValueError: decode has a tensor that prefill lacks.
+        ValueError: decode has a tensor that prefill lacks, or has in another shape or dtype.
     """
-    shapes = {
-        spec.target: node.meta["val"]
-        for node, spec in zip(
-            (node for node in prefill.graph.nodes if node.op == "placeholder"),
-            prefill.graph_signature.input_specs,
-            strict=True,
-        )
-        if spec.target is not None
-    }
+    theirs, mine = _inputs(prefill), _inputs(decode)
+    for name, tensor in mine.items():
+        like = theirs.get(name)
+        if name and (like is None or (like.shape, like.dtype) != (tensor.shape, tensor.dtype)):
+            raise ValueError(
+                f"decode: {name!r}, which is another tensor in prefill or none: the programs are of different models. "
+                "Export the model again."
+            )
     for name in cache_names(prefill):
-        like = shapes[name]
+        like = theirs[name]
         prefill.state_dict[name] = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
-    for mine, theirs in ((decode.state_dict, prefill.state_dict), (decode.constants, prefill.constants)):
-        if missing := sorted(mine.keys() - theirs.keys()):
-            raise ValueError(f"decode: has {missing[0]!r}, which prefill lacks: the programs are of different models.")
-        for name in mine:
-            mine[name] = theirs[name]
+    for target, source in ((decode.state_dict, prefill.state_dict), (decode.constants, prefill.constants)):
+        for name in target:
+            target[name] = source[name]
 
 
 def load_exported(folder: str | os.PathLike[str], *, compile_options: dict[str, Any] | None = None) -> ExportedDecoder:
@@ -221,14 +229,25 @@ def load_exported(folder: str | os.PathLike[str], *, compile_options: dict[str, 
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    paths = {name: checked_file(folder, manifest, name) for name in PROGRAMS}
+    if compile_options is not None and manifest.backend == "aoti":
+        raise ValueError("compile_options: packages of AOTInductor are compiled already; leave it out.")
+    paths = {name: checked_file(folder, manifest, name) for name in FILES[manifest.backend]}
     if manifest.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"folder={str(folder)!r}: the programs are for CUDA, and there is no GPU here; export the model on the CPU."
         )
-    programs = {name: _load_program(path, manifest) for name, path in paths.items()}
+    if manifest.backend == "aoti":
+        return _load_packages(paths, manifest, folder)
+    programs = {name: _loaded(torch.export.load, path, manifest) for name, path in paths.items()}
     share_state(programs["prefill"], programs["decode"])
-    _check_cache(programs["prefill"], manifest, folder)
+    for name, program in programs.items():
+        inputs = _inputs(program)
+        ids = tuple(inputs.pop("").shape)
+        if name == "decode" and ids != (manifest.batch_size, 1):
+            raise ValueError(
+                f"folder={str(folder)!r}: decode: takes ids {ids} instead of {(manifest.batch_size, 1)}. {_RESTORE}."
+            )
+        _check_sizes(inputs, name, manifest, folder)
     return decoder_of(programs["prefill"], programs["decode"], manifest, compile_options)
 
 
@@ -247,23 +266,43 @@ def decoder_of(
     return ExportedDecoder(prefill.module(), step, length, manifest)
 
 
-def _load_program(path: Path, manifest: Manifest) -> ExportedProgram:
+def _load_packages(paths: dict[str, Path], manifest: Manifest, folder: Path) -> ExportedDecoder:
+    """Packages hold no tensors: both are given the same ones, which stay Python's."""
+    state = _loaded(lambda path: torch.load(path, mmap=True, weights_only=True), paths["state"], manifest)
+    _check_sizes(state, "state", manifest, folder)
+    for name in state:
+        if name.startswith(CACHE_PREFIX):
+            state[name] = torch.zeros(state[name].shape, dtype=state[name].dtype)
+    steps = []
+    for program in ("prefill", "decode"):
+        package = _loaded(torch._inductor.aoti_load_package, paths[program], manifest)
+        names = package.get_constant_fqns()
+        if missing := sorted(set(names) - state.keys()):
+            raise ValueError(f"{paths['state']}: lacks {missing[0]!r}, which {program} needs. {_RESTORE}.")
+        package.load_constants({name: state[name] for name in names}, check_full_update=True, user_managed=True)
+        steps.append(package)
+    decoder = ExportedDecoder(*steps, state[LENGTH_NAME], manifest)
+    decoder._state = state  # the packages only point to it
+    return decoder
+
+
+def _loaded(load: Callable[[Path], Any], path: Path, manifest: Manifest) -> Any:
     try:
-        return torch.export.load(path)
-    except Exception as error:  # torch raises whatever its parser meets
+        return load(path)
+    except Exception as error:  # torch raises whatever its parsers meet
         raise ValueError(
-            f"{path}: torch {torch.__version__} cannot load this program, which torch {manifest.torch} wrote "
+            f"{path}: torch {torch.__version__} cannot load this file, which torch {manifest.torch} wrote "
             f"({type(error).__name__}: {error}). Export the model again with the torch that is here."
         ) from error
 
 
-def _check_cache(prefill: ExportedProgram, manifest: Manifest, folder: Path) -> None:
+def _check_sizes(tensors: dict[str, Tensor], place: str, manifest: Manifest, folder: Path) -> None:
     """The manifest must not promise room that the cache does not have: what finds no slot is not stored."""
-    for name in cache_names(prefill):
-        tensor = prefill.state_dict[name]
-        if name != LENGTH_NAME and (tensor.shape[0], tensor.shape[2]) != (manifest.batch_size, manifest.max_cache_len):
+    batch, slots = manifest.batch_size, manifest.max_cache_len
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name.startswith(CACHE_PREFIX) and name != LENGTH_NAME and (shape[0], shape[2]) != (batch, slots):
             raise ValueError(
-                f"folder={str(folder)!r}: manifest.json says batch_size={manifest.batch_size} and "
-                f"max_cache_len={manifest.max_cache_len}, but {name} of the program is {tuple(tensor.shape)}. Restore "
-                "the folder, or export the model again."
+                f"folder={str(folder)!r}: manifest.json says batch_size={batch} and max_cache_len={slots}, but {name} "
+                f"of {place} is {shape}. {_RESTORE}."
             )

@@ -29,6 +29,8 @@ def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
         pad_rows = max(_CUDA_MIN_ROWS, rows) - rows
         x = F.pad(x, (0, pad_inner, 0, pad_rows))
         weight = F.pad(weight, (0, pad_inner, 0, _round_up(outer, _CUDA_MULTIPLE) - outer))
+    elif rows == 1:
+        x = F.pad(x, (0, 0, 0, 1))  # torch reads the stride of a single row, which compiled code sets to 0: wrong sums
     return torch._int_mm(x.contiguous(), weight.t())[:rows, :outer]
 
 
@@ -42,6 +44,11 @@ def _epilogue(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None
 @torch.library.custom_op("pq_ao::int_accumulate", mutates_args=())
 def _accumulate(x_codes: Tensor, w_codes: Tensor) -> Tensor:
     """int8 [M, K] times int8 [N, K] or packed uint8 transposed, int32 [M, N]: the reference, and the CPU's path."""
+    return accumulate_plainly(x_codes, w_codes)
+
+
+def accumulate_plainly(x_codes: Tensor, w_codes: Tensor) -> Tensor:
+    """The op `int_accumulate` in ops of PyTorch."""
     weight = unpack_int4(w_codes, x_codes.shape[1]) if w_codes.dtype == torch.uint8 else w_codes
     if x_codes.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=torch.int32, device=x_codes.device)

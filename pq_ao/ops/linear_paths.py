@@ -123,7 +123,10 @@ def capability_of(device: torch.device) -> Capability | None:
 
 @contextmanager
 def forced_path(path: LinearPath) -> Iterator[None]:
-    """Sends every linear inside the context to `path`; one that it cannot take raises a ValueError. For tests."""
+    """Sends every linear inside the context to `path`; one that it cannot take raises a ValueError.
+
+    For tests, and for programs whose number of tokens is not known when they are made.
+    """
     global _forced
     before, _forced = _forced, path
     try:

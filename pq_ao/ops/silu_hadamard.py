@@ -87,6 +87,24 @@ def silu_hadamard(
         codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, None, shift, 4, torch.int8)
     """
     _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, in_dtype)
+    return silu_hadamard_plainly(
+        gate_up, base, scale, clip, shift, bits, encoding, in_scale=in_scale, in_bias=in_bias, in_dtype=in_dtype
+    )
+
+
+def silu_hadamard_plainly(
+    gate_up: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    clip: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    encoding: torch.dtype,
+    in_scale: Tensor | None = None,
+    in_bias: Tensor | None = None,
+    in_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`silu_hadamard` in ops of PyTorch, of arguments that were checked."""
     gate, up = scaled(gate_up, in_scale, in_bias, in_dtype).float().chunk(2, dim=-1)
     h = torch.nn.functional.silu(gate) * up
     if base is not None:

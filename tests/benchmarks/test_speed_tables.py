@@ -95,7 +95,8 @@ class TestKernels:
 
 @pytest.fixture
 def readme(tmp_path):
-    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("accuracy", "generation", "kernels"))
+    names = ("accuracy", "calibration", "generation", "kernels")
+    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in names)
     path = tmp_path / "README.md"
     path.write_text("".join(sections), encoding="utf-8")
     return path

@@ -42,6 +42,15 @@ class TestAccumulate:
         assert got.dtype == torch.int32 and got.is_contiguous()
         assert torch.equal(got.long(), exact(x, weight))
 
+    @pytest.mark.parametrize("stride", [(96, 1), (0, 1), (1, 1)])
+    def test_the_stride_of_a_single_row_does_not_matter(self, stride):
+        """Compiled code gives it any value; torch._int_mm on the CPU reads it all the same."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randint(-8, 8, (1, 96), dtype=torch.int8, generator=generator)
+        w = torch.randint(-8, 8, (40, 96), dtype=torch.int8, generator=generator)
+        expected = (x.long() @ w.long().t()).int()
+        assert torch.equal(int_accumulate(x.as_strided((1, 96), stride), w), expected)
+
     @pytest.mark.parametrize("rows", [1, 17])
     @pytest.mark.parametrize("x_code, w_code", [(-8, -8), (7, 7), (-8, 7), (7, -8)])
     def test_extreme_four_bit_codes_over_a_wide_layer(self, rows, x_code, w_code):

@@ -1,0 +1,197 @@
+"""Programs of torch.export against the model they were made of: prefill and decode over one cache."""
+
+import pytest
+import torch
+
+import pq_ao
+from pq_ao.export import export_decoder
+from pq_ao.exported import LENGTH_NAME, cache_names
+from tests.checkpoints import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SLOTS = 64
+IDS = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(5))
+NO_END = {"eos_token_ids": ()}
+
+# family, scheme, batch, strict
+CASES = {
+    "llama": ("llama", "w4a4kv4", 1, False),
+    "qwen2-dynamic-strict": ("qwen2", pq_ao.prefixquant_config(mode="dynamic"), 2, True),
+    "qwen3-w8a8kv8": ("qwen3", "w8a8kv8", 1, False),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """Model, programs, and ids of their batch."""
+    family, scheme, batch, strict = CASES[request.param]
+    model = tiny(family, scheme, dtype=torch.bfloat16)
+    return model, export_decoder(model, batch, SLOTS, max_prefill_len=24, strict=strict), IDS[:batch]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = tiny("llama")
+    return model, export_decoder(model, 1, SLOTS)
+
+
+def _eager(model, ids, new_tokens):
+    return model.generate(
+        ids, past_key_values=pq_ao.PrefixStaticCache(model, ids.shape[0], SLOTS), attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=2,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_logits_and_cache_are_those_of_the_model_bit_by_bit(case):
+    model, programs, ids = case
+    decoder = programs.decoder()
+    for length in (1, 2, 7, 13, 24):  # one program serves all; one token goes through decode
+        cache = pq_ao.PrefixStaticCache(model, ids.shape[0], SLOTS)
+        expected = model(ids[:, :length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        decoder.reset()
+        assert torch.equal(decoder.prefill(ids[:, :length]), expected)
+        for token in ids[:, length : length + 3].unbind(dim=1):
+            expected = model(token[:, None], past_key_values=cache).logits[:, -1]
+            assert torch.equal(decoder.decode(token), expected)
+        held = length + 3
+        assert decoder.held == int(programs.prefill.state_dict[LENGTH_NAME]) == int(cache.get_seq_length()) == held
+        for index, layer in enumerate(cache.layers):
+            for name in ("keys", "values", "key_scale", "value_scale"):
+                expected = getattr(layer, name)
+                if expected is not None:  # slots behind those held may be of the prompt before
+                    got = programs.decode.state_dict[f"cache_{name}_{index}"]
+                    assert torch.equal(got[:, :, :held], expected[:, :, :held]), name
+
+
+def test_greedy_tokens_are_those_of_generate(case):
+    model, programs, ids = case
+    decoder = programs.decoder()
+    for length in (20, 3):  # the shorter one behind the longer: its state is forgotten
+        prompt = ids[:, :length]
+        assert torch.equal(decoder.generate(prompt, 32, **NO_END), _eager(model, prompt, 32))
+
+
+@torch.no_grad()
+def test_a_long_prompt_runs_in_several_calls_of_prefill(case):
+    model, programs, ids = case
+    cache = pq_ao.PrefixStaticCache(model, ids.shape[0], SLOTS)
+    for part in ids[:, :25].split(24, dim=1):
+        expected = model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    decoder = programs.decoder()
+    assert torch.equal(decoder.prefill(ids[:, :25]), expected)
+    assert decoder.held == 25
+
+
+def test_programs_hold_plain_tensors_and_known_ops_alone(case):
+    _, programs, _ = case
+    for program in (programs.prefill, programs.decode):
+        for tensor in (*program.state_dict.values(), *program.constants.values()):
+            assert type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        namespaces = {op.namespace for op in targets if isinstance(op, torch._ops.OpOverload)}
+        assert namespaces == {"aten", "pq_ao"}
+        others = {str(op) for op in targets if not isinstance(op, torch._ops.OpOverload)}
+        assert others == {"auto_functionalized_v2", "<built-in function getitem>"}  # rope_store, and its results
+
+
+def test_the_cache_is_buffers_that_both_programs_share(case):
+    model, programs, ids = case
+    names = cache_names(programs.prefill)
+    assert names == cache_names(programs.decode)
+    dynamic = model.get_submodule("model.layers.0.self_attn").kv.dynamic
+    assert len(names) == 1 + 2 * len(model.model.layers) * (2 if dynamic else 1)
+    prefill, decode = programs.prefill.module(), programs.decode.module()
+    for name, tensor in dict(decode.named_buffers()).items():
+        assert tensor.data_ptr() == prefill.get_buffer(name).data_ptr(), name
+    for name, tensor in dict(decode.named_parameters()).items():
+        assert tensor.data_ptr() == prefill.get_parameter(name).data_ptr(), name
+    assert programs.manifest.cache_bytes == pq_ao.PrefixStaticCache(model, len(ids), SLOTS).nbytes + 8
+
+
+def test_a_full_cache_is_a_clear_error_and_changes_nothing(llama):
+    _, programs = llama
+    decoder = programs.decoder()
+    with pytest.raises(ValueError, match="max_cache_len=64: the cache holds 0 tokens; 65 more.*=65 or more, or reset"):
+        decoder.prefill(torch.ones(1, 65, dtype=torch.int64))
+    decoder.prefill(torch.full((1, SLOTS), 9))
+    with pytest.raises(ValueError, match="max_cache_len=64: the cache holds 64 tokens; 1 more"):
+        decoder.decode(torch.tensor([9]))
+    assert decoder.held == SLOTS == int(programs.prefill.state_dict[LENGTH_NAME])
+    with pytest.raises(ValueError, match="max_cache_len=64.*holds 0 tokens; 65 more"):
+        decoder.stream(IDS[:1], 25)
+    decoder.reset()
+    decoder.decode(torch.tensor([9]))
+
+
+def test_a_finished_row_ends_the_reply_or_gives_padding(llama):
+    model, programs = llama
+    decoder = programs.decoder()
+    whole = decoder.generate(IDS[:1, :9], 12, **NO_END)
+    end = int(whole[0, 9 + 4])
+    first = whole[0, 9:].tolist().index(end)
+    assert torch.equal(decoder.generate(IDS[:1, :9], 12, eos_token_ids=[end]), whole[:, : 9 + first + 1])
+    assert programs.manifest.eos_token_ids == [model.generation_config.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.ones(2, 4, dtype=torch.int64), ValueError, r"input_ids: got shape \(2, 4\); these programs take \[1, L"),
+        (torch.ones(1, 0, dtype=torch.int64), ValueError, r"at least one token"),
+        (torch.ones(1, 4), TypeError, "input_ids: got torch.float32"),
+        (torch.tensor([[3, 300]]), ValueError, "ids from 3 to 300, but the model's embedding has 300 rows"),
+        (torch.tensor([[-1, 3]]), ValueError, "ids from -1"),
+        ([[1, 2]], TypeError, "input_ids: got list"),
+    ],
+)
+def test_wrong_ids_are_refused(llama, ids, error, message):
+    decoder = llama[1].decoder()
+    with pytest.raises(error, match=message):
+        decoder.prefill(ids)
+    with pytest.raises(error, match=message):
+        decoder.stream(ids, 4)
+
+
+@pytest.mark.parametrize("new_tokens", [0, -1, True, 2.0])
+def test_a_reply_has_at_least_one_token(llama, new_tokens):
+    with pytest.raises(ValueError, match="max_new_tokens=.*integer of at least 1"):
+        llama[1].decoder().stream(IDS[:1, :4], new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be an integer, at least 1"),
+        ({"max_cache_len": 3}, "max_cache_len=3: must be an integer, at least 4"),
+        ({"max_cache_len": True}, "max_cache_len=True"),
+        ({"max_prefill_len": 65}, "max_prefill_len=65: must be an integer, 4 to max_cache_len=64"),
+        ({"max_prefill_len": 3}, "max_prefill_len=3"),
+        ({"backend": "onnx"}, r"backend='onnx': must be one of \('export', 'aoti'\)"),
+    ],
+)
+def test_sizes_that_are_not_possible_are_refused(llama, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        export_decoder(llama[0], **({"batch_size": 1, "max_cache_len": SLOTS} | sizes))
+
+
+def test_a_model_that_is_not_quantized_is_refused(make_tiny):
+    with pytest.raises(ValueError, match="not calibrated"):
+        export_decoder(make_tiny("llama"), 1, SLOTS)
+
+
+def test_the_model_goes_on_as_before(llama):
+    model, _ = llama
+    fresh = tiny("llama")
+    assert torch.equal(_eager(model, IDS[:1, :8], 6), _eager(fresh, IDS[:1, :8], 6))
+
+
+def test_an_int8_head_and_the_smallest_cache():
+    model = pq_ao.quantize_head_(tiny("llama"))
+    decoder = export_decoder(model, 1, 4).decoder()
+    cache = pq_ao.PrefixStaticCache(model, 1, 4)
+    with torch.no_grad():
+        expected = model(IDS[:1, :3], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        assert torch.equal(decoder.prefill(IDS[:1, :3]), expected)
+        assert torch.equal(decoder.decode(IDS[:1, 3]), model(IDS[:1, 3:4], past_key_values=cache).logits[:, -1])
