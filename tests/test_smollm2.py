@@ -1,8 +1,6 @@
 """The real model: its prefix, the accuracy of the integers, and generation. The slowest file of the suite."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,22 +23,12 @@ def tokenizer(smollm2):
 
 
 @pytest.fixture(scope="module")
-def texts():
-    """What to calibrate and to evaluate on: parts of WikiText-2 where they are, else the text that Python carries."""
-    folder = os.environ.get("PQ_AO_DATA")
-    if not folder:
-        return load_text("embedded"), load_text("embedded", "test")
-    wikitext = Path(folder) / "wikitext2"
-    return tuple(load_text(wikitext / f"wiki.{part}.raw.gz") for part in ("train.first1MB", "valid.first100KB"))
-
-
-@pytest.fixture(scope="module")
-def calibrated(smollm2, tokenizer, texts):
-    """The model in float32, calibrated, and its record."""
+def calibrated(smollm2, tokenizer):
+    """The model in float32, calibrated on the embedded text, and its record."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     config = pq_ao.prefixquant_config()
-    options = {"num_sequences": 8, "sequence_length": 256, "progress": False}
-    return model, pq_ao.calibrate(model, tokenizer, config, data=[texts[0]], **options)
+    record = pq_ao.calibrate(model, tokenizer, config, num_sequences=8, sequence_length=256, progress=False)
+    return model, record
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +39,8 @@ def quantized(calibrated):
 
 
 @pytest.fixture(scope="module")
-def evaluation_ids(tokenizer, texts):
-    return token_ids(tokenizer, texts[1])
+def evaluation_ids(tokenizer):
+    return token_ids(tokenizer, load_text("embedded", "test"))
 
 
 def _sqnr(expected, actual):
