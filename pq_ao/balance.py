@@ -140,8 +140,8 @@ def _best_factors(
 
     lowest, best, chosen = error(1.0), None, []
     for order, exponent in product(_ORDERS, _EXPONENTS):
-        # over the largest, so that high powers stay within float32
-        largest = inner.inputs.abs().amax().clamp_min(1e-20)
+        # each channel over its largest value, so that high powers stay within float32
+        largest = inner.inputs.abs().amax(dim=0).clamp_min(1e-20)
         sizes = inner.share((inner.inputs.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest)
         factors = sizes.clamp_min(1e-20).pow(exponent) / norms.pow(1 - exponent)
         factors = (factors / factors.median()).clamp(1 / _LARGEST, _LARGEST)

@@ -1,28 +1,18 @@
-"""The journal: round trips, folders that it refuses, damage, full disks, kills at every moment, two processes."""
+"""The journal: round trips, folders that it refuses, damage, full disks, locks."""
 
 import builtins
 import errno
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from pq_ao.journal import LOCK, MANIFEST, VERSION, CalibrationJournal
-
-FACTS = {"config": {"weight_bits": 4, "mode": "static"}, "seed": 0, "weights": "ab" * 32, "windows": [1, 2]}
-
-# what `keep` asks of the disk, in order: block file, its move, the folder; the same for the manifest
-DISK_CALLS = ("fsync", "replace", "fsync", "fsync", "replace", "fsync")
-MANIFEST_MOVED = 5
+from tests.journals import DISK_CALLS, FACTS, MANIFEST_MOVED, acting_at, assert_equal, block, check_all, three_blocks
 
 DTYPES = [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32]
 DTYPES += [torch.float64, torch.float8_e4m3fn]
@@ -34,48 +24,8 @@ class Wrapped(torch.Tensor):
     """A tensor subclass, whose bytes may be anything."""
 
 
-def block(index: int, numel: int = 1000) -> dict[str, torch.Tensor]:
-    """Tensors that tell their block, of several dtypes."""
-    codes = torch.arange(numel, dtype=torch.int64) * 7 + index
-    return {
-        "qdata": (codes % 256).to(torch.uint8),
-        "scale": codes.float() / 3,
-        "prefix_k": (codes[:6].view(1, 3, 2) - 3).bfloat16(),
-        "prefix_v": torch.zeros(4, 0, 64, dtype=torch.bfloat16),
-    }
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].device.type == "cpu"
-        assert torch.equal(found[name], tensor), name
-
-
-def check_all(journal: CalibrationJournal, numel: int = 1000) -> None:
-    for index in range(journal.finished):
-        tensors, facts = journal.read(index)
-        assert_equal(tensors, block(index, numel))
-        assert facts == {"index": index}
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def acting_at(position: int, action: Callable[[], None]) -> Callable[[Callable], Callable]:
-    """Wraps functions: just before the call of number `position` to any of them comes `action`."""
-    calls = itertools.count()
-
-    def wrap(call: Callable) -> Callable:
-        def run(*args):
-            if next(calls) == position:
-                action()
-            return call(*args)
-
-        return run
-
-    return wrap
 
 
 def disk_full() -> None:
@@ -85,11 +35,7 @@ def disk_full() -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A journal of three blocks, closed."""
-    folder = tmp_path / "journal"
-    with CalibrationJournal(folder, FACTS) as journal:
-        for index in range(3):
-            journal.keep(index, block(index), {"index": index})
-    return folder
+    return three_blocks(tmp_path / "journal")
 
 
 def edit_manifest(folder: Path, **changes) -> None:
@@ -465,84 +411,3 @@ class TestLock:
         expected = pytest.warns(RuntimeWarning, match="no locks") if is_lock_free else pytest.raises(OSError)
         with expected:
             CalibrationJournal(folder, FACTS).close()
-
-
-# Children are forked from one server that has torch, for each import of it takes seconds.
-def _start(target, *args) -> tuple[multiprocessing.Process, "multiprocessing.connection.Connection"]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytest", "pq_ao.journal"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(*args, sender), daemon=True)
-    process.start()
-    sender.close()  # so that the child's end is the only one, and its death is seen
-    return process, receiver
-
-
-def _hold(folder, sender) -> None:
-    with CalibrationJournal(folder, FACTS):
-        sender.send("open")
-        time.sleep(600)
-
-
-def _keep_on(folder, numel, sender) -> None:
-    with CalibrationJournal(folder, FACTS) as journal:
-        while True:
-            index = journal.finished
-            journal.keep(index, block(index, numel), {"index": index})
-            sender.send(index)
-
-
-def _die_at_call(folder, position, sender) -> None:
-    with CalibrationJournal(folder, FACTS) as journal:
-        wrap = acting_at(position, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
-        journal.keep(3, block(3), {"index": 3})
-        sender.send("survived")
-
-
-@processes
-class TestProcesses:
-    def test_second_process_is_refused_until_the_first_is_killed(self, folder):
-        process, receiver = _start(_hold, folder)
-        assert receiver.recv() == "open"
-        with pytest.raises(RuntimeError, match="another process"):
-            CalibrationJournal(folder, FACTS)
-        process.kill()
-        process.join()
-        with CalibrationJournal(folder, FACTS) as journal:
-            check_all(journal)
-
-    @pytest.mark.parametrize("position", range(len(DISK_CALLS)))
-    def test_kill_before_each_call(self, folder, position):
-        process, receiver = _start(_die_at_call, folder, position)
-        with pytest.raises(EOFError):
-            receiver.recv()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        with CalibrationJournal(folder, FACTS) as journal:
-            assert journal.finished == (4 if position == MANIFEST_MOVED else 3)
-            check_all(journal)
-            journal.keep(journal.finished, block(journal.finished), {"index": journal.finished})
-            check_all(journal)
-        assert not list(folder.glob("*.tmp"))
-
-    def test_kills_at_random_moments(self, tmp_path):
-        numel = 300_000  # 1.5 MB a block: most of a keep is writing
-        delays = random.Random(0)
-        finished = 0
-        for _ in range(12):
-            process, receiver = _start(_keep_on, tmp_path, numel)
-            last = receiver.recv()
-            time.sleep(delays.uniform(0, 0.05))
-            process.kill()
-            process.join()
-            while receiver.poll():
-                try:
-                    last = receiver.recv()
-                except EOFError:
-                    break
-            with CalibrationJournal(tmp_path, FACTS) as journal:
-                # what `keep` returned for is there, and at most the one block that it had no time to tell of
-                assert finished <= last < journal.finished <= last + 2
-                check_all(journal, numel)
-                finished = journal.finished
