@@ -6,7 +6,7 @@ Prints a table of perplexity and bytes, a reply of the W4A4KV4 model, and the me
 the model's outlier tokens. The text is what comes with Python, so nothing but the model is downloaded; the perplexities
 compare the rows with each other, not with numbers published on WikiText-2.
 
-Takes about four minutes on two CPU cores, up to twice as long where the CPU has no bfloat16 instructions (AVX512-BF16,
+Takes about six minutes on two CPU cores, up to twice as long where the CPU has no bfloat16 instructions (AVX512-BF16,
 AMX): there float32 would be faster, but the first rows are the model in its own dtype.
 """
 
