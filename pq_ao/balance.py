@@ -140,19 +140,15 @@ def _best_factors(
 
     lowest, best, chosen = error(1.0), None, []
     for order, exponent in product(_ORDERS, _EXPONENTS):
-        sizes = inner.share(_power_mean(inner.inputs, order))
+        # over the largest, so that high powers stay within float32
+        largest = inner.inputs.abs().amax().clamp_min(1e-20)
+        sizes = inner.share((inner.inputs.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest)
         factors = sizes.clamp_min(1e-20).pow(exponent) / norms.pow(1 - exponent)
         factors = (factors / factors.median()).clamp(1 / _LARGEST, _LARGEST)
         candidate = error(factors)
         if candidate < lowest:
             lowest, best, chosen = candidate, factors, [order, exponent]
     return best, chosen
-
-
-def _power_mean(x: Tensor, order: float) -> Tensor:
-    """Of the sizes in each column; each over its largest first, so that high powers stay within float32."""
-    largest = x.abs().amax(dim=0).clamp_min(1e-20)
-    return (x.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest
 
 
 def _output_error(inner: _Inner, factors: Tensor | float, quantizer: ActivationQuantizer, importance: Tensor) -> float:
