@@ -29,7 +29,8 @@ def split_digits(x: Tensor) -> tuple[Tensor, Tensor]:
         int8 [2, M, K], and float32 [M, 1].
     """
     x = x.float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * _LARGEST) / _LARGEST
+    # multiplied, for a GPU does not divide by a number but multiplies by its reciprocal: CPU and GPU round alike
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * _LARGEST) * (1 / _LARGEST)
     whole = torch.round(x / scale).to(torch.int32)
     high = (whole + _BASE // 2) >> 8
     return torch.stack((high, whole - high * _BASE)).to(torch.int8), scale

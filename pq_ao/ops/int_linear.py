@@ -149,7 +149,9 @@ def _matmul(x_codes: Tensor, w_codes: Tensor, path: LinearPath) -> Tensor:
 
 def _as_read(x_codes: Tensor, path: LinearPath) -> Tensor:
     """Codes in the dtype that `path` reads; exact, for both dtypes hold 4-bit codes."""
-    return x_codes.to(torch.float8_e4m3fn if path is LinearPath.E4M3 else torch.int8)
+    dtype = torch.float8_e4m3fn if path is LinearPath.E4M3 else torch.int8
+    # by way of float32: Triton has no conversion between the two
+    return x_codes if x_codes.dtype == dtype else x_codes.float().to(dtype)
 
 
 def int_accumulate(
