@@ -71,6 +71,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--batch-size-training", type=positive, default=default.batch_size, help="sequences a step")
     add("--learning-rate", type=float, default=default.learning_rate, help="of scales, clip factors and biases")
     add("--weight-learning-rate", type=float, default=default.weight_learning_rate, help="of weights")
+    add("--end-to-end-epochs", type=positive, default=3, help="passes over all blocks together, in rows *-end-to-end")
+    add("--end-to-end-rate", type=float, default=default.end_to_end_rate, help="learning rate there")
     return parser.parse_args(arguments)
 
 

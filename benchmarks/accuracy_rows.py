@@ -8,11 +8,14 @@ from benchmarks.results_file import Results, Row, newest_rows
 # what tells one row from another; the rest was measured
 SETTING = (
     *("scheme", "mode", "prefix", "rotation", "balance", "search", "rounding", "finetuned"),
-    *("calibration_sequences", "calibration_length", "epochs"),
+    *("calibration_sequences", "calibration_length", "epochs", "end_to_end_epochs"),
 )
 _TEXT = ("model", "corpus", "seqlen", "windows", "task")
 # of fine-tuning, and in no column: a table has the newest of them alone
-_TRAINING = ("learning_rate", "weight_learning_rate", "batch_size_training", "validation_sequences")
+_TRAINING = (
+    *("learning_rate", "weight_learning_rate", "end_to_end_rate"),
+    *("batch_size_training", "validation_sequences"),
+)
 ACCURACY_KEYS = (*_TEXT, "calibration_corpus", *SETTING, *_TRAINING, "path", "seed")
 
 # the steps of the paper's ablation, then other schemes; an unknown value comes last
@@ -80,7 +83,7 @@ def by_setting(rows: Iterable[Found]) -> list[list[Found]]:
 def _rank(setting: tuple) -> tuple:
     row = dict(zip(SETTING, setting, strict=True))
     places = (order.index(row[key]) if row[key] in order else len(order) for key, order in _ORDER.items())
-    return (not is_original(row), *places, *(row[key] or 0 for key in SETTING[-3:]))
+    return (not is_original(row), *places, *(row[key] or 0 for key in SETTING[-4:]))
 
 
 def label(row: Row) -> str:
@@ -91,7 +94,8 @@ def label(row: Row) -> str:
     words += [f"no {part}" for part in ("rotation", "prefix", "balance") if not row.get(part, True)]
     words += [] if row["search"] == "tensor" else [f"search {row['search']}"]
     words += [] if row["rounding"] == "nearest" else [row["rounding"]]
-    return ", ".join(words + ["fine-tuned"] * row["finetuned"])
+    words += ["fine-tuned"] * row["finetuned"]
+    return ", ".join(words + ["end to end"] * bool(row.get("end_to_end_epochs")))
 
 
 def perplexities(seeds: Iterable[Found]) -> list[float]:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -68,6 +68,7 @@ class AccuracyRun:
             learning_rate=options.learning_rate,
             weight_learning_rate=options.weight_learning_rate,
             validation_sequences=options.validation_sequences,
+            end_to_end_rate=options.end_to_end_rate,
         )
         corpus = load_text(options.corpus, "test")
         self.calibration_texts = [load_text(source, "train") for source in options.calibration]
@@ -192,12 +193,18 @@ class AccuracyRun:
             balance=calibration.balance,
             rounding=calibration.rounding,
             search=calibration.search,
-            finetune=self.finetune if calibration.finetuned else None,
+            finetune=self._finetune(calibration),
             seed=job.seed,
             resume=journal,
             progress=self.progress,
         )
         return _what_was_found(record, restored) | {"calibration_peak_gib": self._peak()}
+
+    def _finetune(self, calibration: Calibration) -> pq_ao.FinetuneConfig | None:
+        if not calibration.finetuned:
+            return None
+        epochs = self.options.end_to_end_epochs if calibration.end_to_end else 0
+        return replace(self.finetune, end_to_end_epochs=epochs)
 
     def _measure(self, model: nn.Module, measurement: Measurement, known: Row) -> None:
         row = measurement.facts | known
@@ -276,6 +283,8 @@ class AccuracyRun:
             "calibration_sequences": sequences if calibrated else None,
             "calibration_length": length if calibrated else None,
             "epochs": training.epochs if finetuned else None,
+            "end_to_end_epochs": self.options.end_to_end_epochs if finetuned and calibration.end_to_end else None,
+            "end_to_end_rate": training.end_to_end_rate if finetuned and calibration.end_to_end else None,
             "learning_rate": training.learning_rate if finetuned else None,
             "weight_learning_rate": training.weight_learning_rate if finetuned else None,
             "batch_size_training": training.batch_size if finetuned else None,
@@ -321,12 +330,13 @@ def _what_was_found(record: CalibrationRecord, restored: int) -> Row:
     layers, blocks = len(record.block_seconds), record.block_seconds[restored:]
     seconds = record.seconds
     if restored:
-        seconds = record.prefix_seconds + layers * fmean(blocks) if blocks else None
+        seconds = record.prefix_seconds + layers * fmean(blocks) + record.end_to_end_seconds if blocks else None
     training = layers * fmean(record.finetuning_seconds) if record.finetuning_seconds else None
     return {
         "prefix_ids": list(record.prefix.prefix_ids),
         "calibration_seconds": None if seconds is None else round(seconds, 3),
         "finetuning_seconds": None if training is None else round(training, 3),
+        "end_to_end_seconds": round(record.end_to_end_seconds, 3) if record.end_to_end else None,
         "restored_blocks": restored,
         "stopped_blocks": [i for i, block in enumerate(record.finetuning) if block["stopped"] is not None],
     }

@@ -22,6 +22,7 @@ class Calibration:
     search: str = "tensor"
     rounding: str = "nearest"
     finetuned: bool = False
+    end_to_end: bool = False
 
     def config(self) -> PrefixQuantConfig:
         """Its scheme."""
@@ -58,7 +59,7 @@ class Job:
     settings: dict[str, Setting]
 
 
-UNTRAINED, HEADLINE = "w4a4kv4-static", "w4a4kv4-static-gptq-tuned"
+UNTRAINED, HEADLINE = "w4a4kv4-static", "w4a4kv4-static-gptq-tuned-end-to-end"
 
 CALIBRATIONS: dict[str, Calibration] = {
     "w4a4kv4-dynamic-rtn": Calibration(mode="dynamic", rotation=False, prefix=False, balance=False, search="none"),
@@ -66,10 +67,14 @@ CALIBRATIONS: dict[str, Calibration] = {
     "w4a4kv4-dynamic-no-prefix-no-balance": Calibration(mode="dynamic", prefix=False, balance=False),
     "w4a4kv4-dynamic-no-prefix": Calibration(mode="dynamic", prefix=False),
     "w4a4kv4-dynamic-no-prefix-gptq": Calibration(mode="dynamic", prefix=False, rounding="gptq"),
+    "w4a4kv4-dynamic-no-prefix-gptq-tuned": Calibration(mode="dynamic", prefix=False, rounding="gptq", finetuned=True),
     "w4a4kv4-dynamic": Calibration(mode="dynamic"),
     "w4a4kv4-dynamic-gptq": Calibration(mode="dynamic", rounding="gptq"),
     "w4a4kv4-dynamic-tuned": Calibration(mode="dynamic", finetuned=True),
     "w4a4kv4-dynamic-gptq-tuned": Calibration(mode="dynamic", rounding="gptq", finetuned=True),
+    "w4a4kv4-dynamic-gptq-tuned-end-to-end": Calibration(
+        mode="dynamic", rounding="gptq", finetuned=True, end_to_end=True
+    ),
     "w4a4kv4-static-no-prefix": Calibration(prefix=False),
     "w4a4kv4-static-no-prefix-gptq": Calibration(prefix=False, rounding="gptq"),
     "w4a4kv4-static-no-balance": Calibration(balance=False),
@@ -78,11 +83,13 @@ CALIBRATIONS: dict[str, Calibration] = {
     "w4a4kv4-static-search-block": Calibration(search="block"),
     "w4a4kv4-static-gptq": Calibration(rounding="gptq"),
     "w4a4kv4-static-tuned": Calibration(finetuned=True),
-    HEADLINE: Calibration(rounding="gptq", finetuned=True),
+    "w4a4kv4-static-gptq-tuned": Calibration(rounding="gptq", finetuned=True),
+    HEADLINE: Calibration(rounding="gptq", finetuned=True, end_to_end=True),
     "w4a4kv16-static": Calibration("w4a4kv16"),
     "w4a8kv4-static": Calibration("w4a8kv4"),
     "w4a8kv4-static-gptq": Calibration("w4a8kv4", rounding="gptq"),
     "w4a8kv4-static-gptq-tuned": Calibration("w4a8kv4", rounding="gptq", finetuned=True),
+    "w4a8kv4-static-gptq-tuned-end-to-end": Calibration("w4a8kv4", rounding="gptq", finetuned=True, end_to_end=True),
     # in the manner of SmoothQuant: what it smooths, the gains of the norms, is folded into the weights here
     "w8a8kv8-static-smooth": Calibration("w8a8kv8", rotation=False, prefix=False, balance=False),
     "w8a8kv8-static": Calibration("w8a8kv8"),

@@ -124,7 +124,9 @@ def _finetuning(row: Row) -> str:
     epochs = row.get("epochs")
     if not row["finetuned"] or epochs is None:
         return "yes" if row["finetuned"] else "no"
-    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    together = row.get("end_to_end_epochs")
+    blockwise = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    return f"{blockwise}, {together} end to end" if together else blockwise
 
 
 def _ratio(ratio: float | None) -> str:

@@ -1,9 +1,9 @@
 """Channel balance: inner channels of a block scaled so that quantization costs least, at no cost at run time.
 
 Between `up_proj` and `down_proj`, and between `v_proj` and `o_proj`, a channel can be divided by a factor in front and
-the weight behind it multiplied: the function stays. In front of R4 and R2 a few channels are far larger than the
-others, in all tokens or in some, and the rotation spreads them over everything. Balanced, none is larger than its
-weight is worth.
+the weight behind it multiplied: the function stays. (Keys are balanced against queries: see `pq_ao.key_balance`.) In
+front of R4 and R2 a few channels are far larger than the others, in all tokens or in some, and the rotation spreads
+them over everything. Balanced, none is larger than its weight is worth.
 
 Behind a Hadamard rotation, errors of activations and of weights alike grow with (sum_j x_j^2 / d_j^2) (sum_j w_j^2
 d_j^2), x_j the size of channel j and w_j the norm of its weight column: least for d_j^2 = x_j / w_j. Some tokens are
@@ -25,6 +25,7 @@ from pq_ao.hadamard import (
     randomized_hadamard,
     randomized_hadamard_transpose,
 )
+from pq_ao.key_balance import balance_keys
 from pq_ao.ops.quantize import absmax_scale, dequantize, quantize, quantize_per_row
 from pq_ao.quantizers import ActivationQuantizer
 from pq_ao.rotation import Rotation
@@ -66,10 +67,11 @@ def balance_block(sites: BlockSites, rotation: Rotation) -> Found:
         rotation: as it was rotated.
 
     Returns:
-        for the record, "o_in_balance" and "down_in_balance": order of the power mean and exponent; empty for none.
+        for the record, "o_in_balance" and "down_in_balance": order of the power mean and exponent, empty for none; and
+        what `balance_keys` says.
     """
+    found = balance_keys(sites)
     inputs, importance = sites.float_sample(("o_in", "down_in"), _TOKENS)
-    found: Found = {}
     for site, make in (("o_in", _values), ("down_in", _hidden)):
         inner = make(sites, rotation, inputs[site])
         factors, found[f"{site}_balance"] = _best_factors(inner, sites.quantizers[site], importance)
@@ -140,15 +142,19 @@ def _best_factors(
 
     lowest, best, chosen = error(1.0), None, []
     for order, exponent in product(_ORDERS, _EXPONENTS):
-        # over the largest, so that high powers stay within float32
-        largest = inner.inputs.abs().amax().clamp_min(1e-20)
-        sizes = inner.share((inner.inputs.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest)
+        sizes = inner.share(_power_mean(inner.inputs, order))
         factors = sizes.clamp_min(1e-20).pow(exponent) / norms.pow(1 - exponent)
         factors = (factors / factors.median()).clamp(1 / _LARGEST, _LARGEST)
         candidate = error(factors)
         if candidate < lowest:
             lowest, best, chosen = candidate, factors, [order, exponent]
     return best, chosen
+
+
+def _power_mean(x: Tensor, order: float) -> Tensor:
+    """Of the sizes in each column; each over its largest first, so that high powers stay within float32."""
+    largest = x.abs().amax(dim=0).clamp_min(1e-20)
+    return (x.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest
 
 
 def _output_error(inner: _Inner, factors: Tensor | float, quantizer: ActivationQuantizer, importance: Tensor) -> float:

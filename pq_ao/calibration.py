@@ -18,6 +18,7 @@ from pq_ao.block_sites import BlockSites
 from pq_ao.checkpoint.quantizer import attach
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
 from pq_ao.data import TextSource, calibration_windows
+from pq_ao.end_to_end import EndToEndFinetuner
 from pq_ao.families import family_of
 from pq_ao.finetune import FinetuneConfig, Finetuner, Pairs
 from pq_ao.fingerprint import fingerprint
@@ -44,11 +45,13 @@ class CalibrationRecord:
         data, num_sequences, sequence_length, balance, rounding, search, finetune, seed: arguments of `calibrate`.
         scales: by layer, each static scale or clip factor, the factor on the absmax scale as "<name>_factor", and how
             channels were balanced as "<name>_balance" (`pq_ao.balance`).
-        finetuning: by layer, how it went (`pq_ao.finetune.BlockHistory`); empty without.
+        finetuning: by layer, how it went (`pq_ao.training.TrainingHistory`); empty without.
+        end_to_end: how the fine-tuning of all blocks together went, likewise; None without.
         seconds: wall time of everything.
         prefix_seconds: of which to find the prefix.
         block_seconds, finetuning_seconds: by layer, of which the second is a part of the first; a block that a journal
             held takes little.
+        end_to_end_seconds: of which to fine-tune all blocks together.
     """
 
     config: PrefixQuantConfig
@@ -63,10 +66,12 @@ class CalibrationRecord:
     seed: int
     scales: list[Found] = field(default_factory=list)
     finetuning: list[dict] = field(default_factory=list)
+    end_to_end: dict | None = None
     seconds: float = 0.0
     prefix_seconds: float = 0.0
     block_seconds: list[float] = field(default_factory=list)
     finetuning_seconds: list[float] = field(default_factory=list)
+    end_to_end_seconds: float = 0.0
 
     def to_dict(self) -> dict:
         """Plain dictionary for JSON."""
@@ -148,6 +153,12 @@ def calibrate(
     record.prefix_seconds = prefix_seconds
     with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
         _Pipeline(model, record, train, validation, storage, progress).run(journal)
+    if finetune is not None and finetune.end_to_end_epochs:
+        before = time.perf_counter()
+        family = family_of(model)
+        finetuner = EndToEndFinetuner(model, family, finetune, seed, progress)
+        record.end_to_end = finetuner.train(*(Stream(model, family, ids) for ids in (train, validation))).to_dict()
+        record.end_to_end_seconds = time.perf_counter() - before
     record.seconds = time.perf_counter() - started
     model.calibration_record = record
     attach(model)

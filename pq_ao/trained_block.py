@@ -26,9 +26,10 @@ class BlockTensors(NamedTuple):
 
     Attributes:
         fixed: parameters and buffers of the block, codes left out; scales and clip factors as training found them.
-        start: of each linear "<name>.scale" [N], "<name>.bias" [N] and the unit of its bias, "<name>.bias_unit" [N].
-        trained: leaves; of each linear "<name>.weight" [N, K], "<name>.scale" [N] and "<name>.bias" [N], and each scale
-            or clip factor of a quantizer.
+        start: of each linear "<name>.scale" [N], "<name>.bias" [N] and the unit of its bias, "<name>.bias_unit" [N];
+            where codes are not trained, "<name>.codes" int8 [N, K].
+        trained: leaves; of each linear "<name>.weight" [N, K] where codes are trained, "<name>.scale" [N] and
+            "<name>.bias" [N], and each scale or clip factor of a quantizer.
     """
 
     fixed: Tensors
@@ -76,19 +77,35 @@ class BlockFrame:
         Args:
             rounded: of each linear, by name.
         """
+        found = self._tensors(block, {name: weight.output_rms for name, weight in rounded.items()})
+        weights = {f"{name}.weight": weight.weight / weight.scale[:, None] for name, weight in rounded.items()}
+        return found._replace(trained=_leaves(weights | found.trained))
+
+    def tensors_of_codes(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
+        """The tensors of a calibrated block in any dtype, whose codes stay as they are.
+
+        Args:
+            bias_units: float32 [N] of each linear, by name.
+        """
+        found = self._tensors(block, bias_units)
+        codes = {f"{name}.codes": linear.packed.codes() for name, linear in linears_of(block).items()}
+        return found._replace(start=found.start | codes, trained=_leaves(found.trained))
+
+    def _tensors(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
         fixed = {name: tensor.detach() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
         start, trained = {}, {}
-        for name in linears_of(block):
-            del fixed[f"{name}.packed"]
-            bias = fixed.pop(f"{name}.packed_bias")
-            weight = rounded[name]
-            start |= {f"{name}.scale": weight.scale, f"{name}.bias": bias, f"{name}.bias_unit": weight.output_rms}
-            trained[f"{name}.weight"] = weight.weight / weight.scale[:, None]
-            trained |= {f"{name}.{part}": torch.zeros_like(bias) for part in ("scale", "bias")}
+        for name, linear in linears_of(block).items():
+            for unused in ("weight", "bias", "packed", "packed_bias"):
+                fixed.pop(f"{name}.{unused}", None)
+            start |= {f"{name}.scale": linear.packed.scale, f"{name}.bias": linear.packed_bias}
+            start[f"{name}.bias_unit"] = bias_units[name]
+            trained |= {f"{name}.{part}": torch.zeros_like(linear.packed_bias) for part in ("scale", "bias")}
+        # the frame computes in float32, whatever the block does
+        fixed = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in fixed.items()}
         for name in self.factors:
             fixed[name] = fixed[name].clone()  # the block's own will be overwritten
             trained[name] = torch.zeros_like(fixed[name])
-        return BlockTensors(fixed, start, {name: tensor.requires_grad_() for name, tensor in trained.items()})
+        return BlockTensors(fixed, start, trained)
 
     def outputs(
         self, tensors: BlockTensors, hidden: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -98,7 +115,10 @@ class BlockFrame:
         values = fixed | {name: fixed[name] * trained[name].exp() for name in self.factors}
         for name, site in self.sites.items():
             scale, bias = self._scale(tensors, name), self._bias(tensors, name)
-            weight = fake_quantize(self._weight(tensors, name), scale[:, None], self._bits(name))
+            if f"{name}.codes" in tensors.start:
+                weight = tensors.start[f"{name}.codes"] * scale[:, None]
+            else:
+                weight = fake_quantize(self._weight(tensors, name), scale[:, None], self._bits(name))
             # the input comes with its shift, whose part in the product stands in the bias
             bias = bias - (weight * fixed[f"{site}.shift"]).sum(dim=1)
             values |= {f"{name}.weight": weight, f"{name}.bias": bias}
@@ -113,7 +133,9 @@ class BlockFrame:
             block.get_submodule(module).get_buffer(factor).copy_(tensors.fixed[name] * tensors.trained[name].exp())
         for name, linear in linears_of(block).items():
             scale, bits = self._scale(tensors, name), self._bits(name)
-            codes = quantize(self._weight(tensors, name), scale[:, None], bits)
+            codes = tensors.start.get(f"{name}.codes")
+            if codes is None:
+                codes = quantize(self._weight(tensors, name), scale[:, None], bits)
             linear.packed = PackedWeight.from_codes(codes, scale, bits, linear.fixed_dtype)
             linear.packed_bias = self._bias(tensors, name)
 
@@ -132,3 +154,7 @@ class BlockFrame:
     def _bias(tensors: BlockTensors, name: str) -> Tensor:
         start = tensors.start
         return start[f"{name}.bias"] + start[f"{name}.bias_unit"] * tensors.trained[f"{name}.bias"]
+
+
+def _leaves(tensors: Tensors) -> Tensors:
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}

@@ -152,6 +152,8 @@ def test_seed_orders_the_training(make_tiny, tiny_tokenizer, english):
         ({"validation_sequences": True}, "validation_sequences=True"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"weight_learning_rate": -1.0}, "weight_learning_rate=-1.0"),
+        ({"end_to_end_epochs": -1}, "end_to_end_epochs=-1; a whole number of at least 0"),
+        ({"end_to_end_rate": float("inf")}, "end_to_end_rate=inf"),
         ({"compile": "yes"}, "compile='yes'"),
     ],
 )
@@ -181,7 +183,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(make_tiny, tiny_token
     make_tiny("llama", num_hidden_layers=4).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     (tmp_path / "english.json").write_text(json.dumps(english))
-    config = {"epochs": 8, "validation_sequences": 8}
+    config = {"epochs": 8, "validation_sequences": 8, "end_to_end_epochs": 1}
     script = _SCRIPT.format(
         path=[str(Path(pq_ao.__file__).parents[1])], folder=str(folder), english=str(tmp_path / "english.json"),
         config=config, resume=str(resume), small=SMALL,
@@ -203,6 +205,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(make_tiny, tiny_token
     expected = _calibrate(whole, tiny_tokenizer, english, **options)
     assert _same(_tensors(resumed), _tensors(whole))
     assert record.finetuning == expected.finetuning and record.scales == expected.scales
+    assert record.end_to_end == expected.end_to_end
 
     before = {path.name: path.read_bytes() for path in resume.iterdir()}
     with pytest.raises(ValueError, match="rounding"):

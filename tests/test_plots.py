@@ -7,8 +7,8 @@ import pytest
 import torch
 from matplotlib import image
 
-from pq_ao.finetune import BlockHistory
 from pq_ao.plots import finetuning, outliers, plot_finetuning, plot_outliers, plot_speedups, plotted, speedups
+from pq_ao.training import TrainingHistory
 
 LAYERS, TOKENS = 6, 20
 
@@ -135,10 +135,10 @@ NAN, INF = math.nan, math.inf
 def _histories() -> list[dict]:
     """Two ordinary blocks, one that stopped in its second epoch, and one that stopped in its first."""
     return [
-        BlockHistory(0.1, [0.08, 0.06, 0.05], [0.07, 0.05, 0.06], kept=2).to_dict(),
-        BlockHistory(0.02, [0.02, 0.01, 0.01], [0.018, 0.016, 0.012], kept=3).to_dict(),
-        BlockHistory(0.04, [0.03, 1e20], [0.02, INF], kept=1, stopped="not finite").to_dict(),
-        BlockHistory(0.004, [NAN], [NAN], kept=0, stopped="not finite").to_dict(),
+        TrainingHistory(0.1, [0.08, 0.06, 0.05], [0.07, 0.05, 0.06], kept=2).to_dict(),
+        TrainingHistory(0.02, [0.02, 0.01, 0.01], [0.018, 0.016, 0.012], kept=3).to_dict(),
+        TrainingHistory(0.04, [0.03, 1e20], [0.02, INF], kept=1, stopped="not finite").to_dict(),
+        TrainingHistory(0.004, [NAN], [NAN], kept=0, stopped="not finite").to_dict(),
     ]
 
 
@@ -193,7 +193,7 @@ def test_finetuning_shows_the_course_and_its_median(tmp_path, monkeypatch):
         _histories()[3:],
         # as JSON has it
         [{"before": 0.1, "training": [None], "validation": [None], "kept": 0, "stopped": "not finite"}],
-        [BlockHistory(10.0**-block, [1e-9], [1e-9], kept=1).to_dict() for block in range(8)],
+        [TrainingHistory(10.0**-block, [1e-9], [1e-9], kept=1).to_dict() for block in range(8)],
     ],
     ids=["all", "one block", "nothing finite", "json", "eight decades"],
 )
@@ -259,8 +259,8 @@ def test_finetuning_refused(tmp_path, change, message):
 def test_finetuning_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="histories: empty"):
         plot_finetuning([], tmp_path / "a.png")
-    with pytest.raises(TypeError, match=r"histories\[0\]: got BlockHistory"):
-        plot_finetuning([BlockHistory(1.0)], tmp_path / "a.png")
+    with pytest.raises(TypeError, match=r"histories\[0\]: got TrainingHistory"):
+        plot_finetuning([TrainingHistory(1.0)], tmp_path / "a.png")
     with pytest.raises(ValueError, match="'a.pdf'"):
         plot_finetuning(_histories(), tmp_path / "a.pdf")
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "The history of the city began when the first settlers arrived at the river and built a small wooden bridge."
 SHORT_PROMPT = "Yes."
+# every token of its greedy continuation wins by 0.2 and more: a near tie would go by the last bits of a run
+CLEAR_PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_padded_chunked_and_stepwise_runs_give_the_same_logits(quantized, tokeni
 
 def test_generation_gives_the_same_64_tokens_however_it_is_run(quantized, tokenizer):
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(CLEAR_PROMPT, return_tensors="pt")
     length = inputs.input_ids.shape[1]
 
     def new_cache(batch=1):
@@ -142,7 +144,7 @@ def test_generation_gives_the_same_64_tokens_however_it_is_run(quantized, tokeni
     expected = quantized.generate(**inputs, past_key_values=new_cache(), **options)
     chunked = quantized.generate(**inputs, past_key_values=new_cache(), prefill_chunk_size=6, **options)
     assert torch.equal(chunked, expected)
-    both = tokenizer([SHORT_PROMPT, PROMPT], return_tensors="pt", padding=True)
+    both = tokenizer([SHORT_PROMPT, CLEAR_PROMPT], return_tensors="pt", padding=True)
     batch = quantized.generate(**both, past_key_values=new_cache(2), **options)
     assert torch.equal(batch[1], expected[0])
     cache = new_cache()

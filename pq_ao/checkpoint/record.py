@@ -24,6 +24,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
 }
 # facts that came after the first checkpoints of this format -> what their absence means
 _LATER = {"balance": False}
+_LATER_OF_FINETUNING = {"end_to_end_epochs": 0, "end_to_end_rate": FinetuneConfig.end_to_end_rate}
 _PREFIX: dict[str, tuple[type, ...]] = {
     "rule_ids": (list, type(None)),
     "ratios_before": (dict,),
@@ -57,6 +58,7 @@ def record_from_facts(
         prefix["rule_ids"] = tuple(prefix["rule_ids"])
     finetune = facts["finetune"]
     if finetune is not None:
+        finetune = _LATER_OF_FINETUNING | finetune
         _check(finetune, {field.name: (object,) for field in fields(FinetuneConfig)}, f"{_PLACE}: finetune")
         try:
             finetune = FinetuneConfig(**finetune)

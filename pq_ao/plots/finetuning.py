@@ -26,7 +26,7 @@ def plot_finetuning(
     their errors cease to be finite, and those blocks are marked.
 
     Args:
-        histories: of each block in order, dictionaries of `pq_ao.finetune.BlockHistory`: `record.finetuning` of
+        histories: of each block in order, dictionaries of `pq_ao.training.TrainingHistory`: `record.finetuning` of
             `calibrate`, or the same out of a JSON file, where None stands for what is not finite. Blocks may have
             different numbers of epochs.
         path: of the picture, a PNG.
@@ -55,10 +55,10 @@ def _checked(index: int, history: Mapping[str, Any]) -> dict[str, Any]:
     """A history whose errors are floats, NaN where they were not finite."""
     name = f"histories[{index}]"
     if not isinstance(history, Mapping):
-        raise TypeError(f"{name}: got {type(history).__name__}; give BlockHistory.to_dict(), as the record holds it.")
+        raise TypeError(f"{name}: got {type(history).__name__}; give TrainingHistory.to_dict(), as records hold it.")
     missing = [field for field in ("before", "training", "validation", "kept", "stopped") if field not in history]
     if missing:
-        raise ValueError(f"{name}: lacks {', '.join(missing)}; give BlockHistory.to_dict(), as the record holds it.")
+        raise ValueError(f"{name}: lacks {', '.join(missing)}; give TrainingHistory.to_dict(), as the record holds it.")
     courses = {
         part: [_error(f"{name}: {part}", value) for value in history[part]] for part in ("training", "validation")
     }

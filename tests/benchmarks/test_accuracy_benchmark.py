@@ -108,9 +108,9 @@ class TestRows:
         assert reference["ppl"] == pytest.approx(reference["integer_ppl"], rel=0.05)
         printed = capsys.readouterr().out
         assert f"{UNTRAINED}, seed 1, 3 x 64 tokens: {found[6]['ppl']:.4f}" in printed
-        line = "| w4a4kv4 | static | yes | yes | yes | tensor | gptq | 1 epoch | 4 x 32 |"
+        line = "| w4a4kv4 | static | yes | yes | yes | tensor | gptq | 1 epoch, 3 end to end | 4 x 32 |"
         assert line in printed and "2 seeds" in printed
-        assert "| w4a4kv4 static, gptq, fine-tuned |" in printed
+        assert "| w4a4kv4 static, gptq, fine-tuned, end to end |" in printed
 
     @pytest.mark.slow
     def test_every_row_can_be_measured(self, files, tmp_path):

@@ -7,6 +7,7 @@ from pq_ao.ops.cache_attention import cache_attention
 from tests.ops.cache_attention_case import CacheCase, sqnr
 
 pytest.importorskip("triton")
+from pq_ao.ops.kernels import prefill_attention  # noqa: E402
 from pq_ao.ops.kernels.interpret import INTERPRETED  # noqa: E402
 from pq_ao.ops.kernels.prefill_attention import Tiles, choose_tiles, launch  # noqa: E402
 
@@ -20,13 +21,13 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # probabilities and codes go through fp16 products summed in float32; measured 65 dB and more
 SQNR_FLOOR_DB = 55.0
-BF16_FLOOR_DB = 45.0  # probabilities in bfloat16 where the cache holds bfloat16
+BF16_FLOOR_DB = 45.0  # probabilities in bfloat16 where queries or cache hold bfloat16
 
 FORMS = [("packed", "static"), ("packed", "per-token"), ("int8", "static"), ("int8", "per-token"), ("float16", None)]
-WAYS = {
-    "widened before": Tiles(rows=32, slots=16, warps=4, stages=2, widen_first=True),
-    "widened by tiles": Tiles(rows=32, slots=16, warps=4, stages=2, widen_first=False),
-}
+WAYS = {"by pointers": Tiles(rows=32, slots=16, warps=4, stages=2)}
+# the interpreter has descriptors; of GPUs, those of compute capability 9.0 and newer
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+    WAYS["by descriptors"] = Tiles(rows=64, slots=16, warps=4, stages=2, tma=True)
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
@@ -54,12 +55,20 @@ def test_prefix(prefix, tiles):
 
 
 @pytest.mark.parametrize("stored", ["packed", "int8"])
-@pytest.mark.parametrize("heads, groups, head_dim", [(6, 2, 30), (4, 4, 24), (3, 1, 6), (8, 1, 80)])
+@pytest.mark.parametrize("heads, groups, head_dim", [(6, 2, 40), (4, 4, 24), (3, 1, 8), (8, 1, 80)])
 def test_shapes(stored, heads, groups, head_dim, tiles):
     case = CacheCase(
         stored, heads=heads, groups=groups, head_dim=head_dim, queries=19, start=5, slots=24, device=DEVICE
     )
     check(case, tiles)
+
+
+@pytest.mark.parametrize("stored", ["packed", "int8", "float16"])
+@pytest.mark.parametrize("heads, groups, head_dim", [(6, 2, 30), (3, 1, 6)])
+def test_heads_too_odd_for_descriptors(stored, heads, groups, head_dim):
+    case = CacheCase(stored, heads=heads, groups=groups, head_dim=head_dim, queries=19, start=5, device=DEVICE)
+    check(case, WAYS["by pointers"])
+    check(case, None)
 
 
 @pytest.mark.parametrize("stored, scales", FORMS)
@@ -97,27 +106,44 @@ def test_quantized_output(bits, encoding, tiles):
     assert (codes != expected).float().mean() < 0.02 and (codes - expected).abs().max() <= 1
 
 
-def test_chosen_tiles_spare_memory():
-    assert choose_tiles(8192, 256, 1 << 20, 232448).widen_first
-    assert not choose_tiles(8192, 256, 1 << 34, 232448).widen_first
-    assert choose_tiles(8192, 256, 0, 232448)[:4] == (128, 64, 8, 3)
-    assert choose_tiles(8192, 256, 0, 101376)[:4] == (128, 64, 8, 2)
+def test_owners_part_by_part(tiles, monkeypatch):
+    """Where operands exceed the scratch, one part of the KV heads follows the other; few run together."""
+    case = CacheCase(batch=3, queries=37, start=4, slots=50, scales="per-token", hidden=[0, 7, 20], device=DEVICE)
+    whole = launch(*case.args(), tiles=tiles)
+    owner_bytes = 2 * 128 * 16 * 2
+    monkeypatch.setattr(prefill_attention, "_TOGETHER_BYTES", 3 * owner_bytes)
+    assert torch.equal(launch(*case.args(), tiles=tiles), whole)
+    monkeypatch.setattr(prefill_attention, "SCRATCH_LIMIT", 4 * owner_bytes)
+    assert torch.equal(launch(*case.args(), tiles=tiles), whole)
+    check(case, tiles)
+
+
+def test_chosen_tiles_fit():
+    assert choose_tiles(8192, 256, 232448, tma=True) == Tiles(64, 64, 4, 3, tma=True)
+    assert choose_tiles(8192, 256, 232448, tma=False) == Tiles(128, 64, 8, 3)
+    assert choose_tiles(8192, 256, 101376, tma=False) == Tiles(128, 64, 8, 2)
+    assert choose_tiles(40, 256, 232448, tma=False) == Tiles(64, 64, 4, 2)
+    assert choose_tiles(8192, 1024, 101376, tma=False) == Tiles(32, 16, 4, 1)
     check(CacheCase(queries=20, start=4, slots=24, device=DEVICE), None)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestGpu:
-    @pytest.mark.parametrize("widen_first", [True, False])
+    @pytest.mark.parametrize("tiles", [None, Tiles(128, 64, 8, 2)], ids=["chosen", "by pointers"])
     @pytest.mark.parametrize("batch, queries, start", [(1, 512, 0), (2, 300, 211), (3, 17, 1000)])
     @pytest.mark.parametrize("stored, scales", FORMS)
-    def test_llama_shape(self, stored, scales, batch, queries, start, widen_first):
+    def test_llama_shape(self, stored, scales, batch, queries, start, tiles):
         case = CacheCase(
             stored, scales=scales, batch=batch, heads=32, groups=8, head_dim=128, slots=1024, queries=queries,
             start=start, dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
-        chosen = choose_tiles(queries * 4, 256, 0, 232448)
-        check(case, chosen._replace(widen_first=widen_first))
+        check(case, tiles, BF16_FLOOR_DB)
+
+    def test_prefix_is_not_rounded(self):
+        """Sharp scores on a prefix rounded to bfloat16 in units of codes lost 20 dB."""
+        case = CacheCase(prefix=3, queries=40, start=7, slots=60, spread=4.0, dtype=torch.bfloat16, device="cuda")
+        check(case, None, 60.0)
 
     def test_same_bits_on_every_run_and_in_a_graph(self):
         case = CacheCase(batch=2, heads=32, groups=8, head_dim=128, slots=1024, queries=200, start=100, device="cuda")

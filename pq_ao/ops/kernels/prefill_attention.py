@@ -1,10 +1,11 @@
 """Attention of many queries over [prefix | cache]: flash attention whose keys and values are the stored codes.
 
-A program owns a block of rows (query x query head of one KV head) and walks the prefix, then the slots that its
-queries see. Codes are widened to fp16, which holds them exactly, either tile by tile here or in a pass before
-(`widen_kernel`); scales act on scores and results. So prefill sees the very numbers that decode will see.
+A pass before widens the codes (`prefill_operands`). Then a program owns a block of rows (query x query head of one KV
+head) and walks the prefix, then the slots that its queries see. Scales act on scores and results, so prefill sees the
+very numbers that decode will see.
 
-Shape suffixes: M rows, S slots of a tile, P prefix tokens of a tile, N words of a plane, D head dim (padded).
+An owner is one KV head of one batch row.
+Shape suffixes: M rows, S slots of a tile, P prefix tokens of a tile, D head dim (padded).
 """
 
 from typing import NamedTuple
@@ -13,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pq_ao.ops.kernels.interpret import quantize
-from pq_ao.ops.kernels.stored import LOG2E, last_dim_dense, stored_as, stored_as_bytes
-from pq_ao.ops.kernels.widen import operand_type, plane, plane_column
+from pq_ao.ops.kernels import prefill_operands
+from pq_ao.ops.kernels.interpret import INTERPRETED
+from pq_ao.ops.kernels.rope_parts import divide_and_round
+from pq_ao.ops.kernels.stored import LOG2E, last_dim_dense
 from pq_ao.ops.quantize import code_range
 
 # as in decode_attention: hidden scores lie far below the lowest maximum
@@ -24,8 +27,11 @@ _HIDDEN = tl.constexpr(-1e30)
 _LOWEST = tl.constexpr(-5e29)
 _VALUE_GAIN = tl.constexpr(64.0)
 
-# A pass that widens the whole cache takes 4 bytes of memory a code; beyond this many bytes tiles are widened instead.
-WIDEN_LIMIT = 1 << 30
+# Owners whose operands exceed this many bytes go one part after another through one scratch.
+SCRATCH_LIMIT = 1 << 28
+# Programs that run together read few owners' operands, which then stay in the L2 cache ...
+_TOGETHER = 8
+_TOGETHER_BYTES = 32 << 20  # ... and take at most this much of it
 
 
 class Tiles(NamedTuple):
@@ -36,84 +42,119 @@ class Tiles(NamedTuple):
         slots: of a tile.
         warps: of a program.
         stages: tiles in flight.
-        widen_first: codes become fp16 in a pass before; otherwise tile by tile.
+        tma: tiles come by descriptor (compute capability 9.0 and newer).
     """
 
     rows: int
     slots: int
     warps: int
     stages: int
-    widen_first: bool
+    tma: bool = False
+
+    def shared_bytes(self, row_bytes: int) -> int:
+        """Shared memory of a program: queries, keys and values, and barriers."""
+        return row_bytes * (self.rows + 2 * self.slots * self.stages) + 1024
 
 
-# Best first; the first that fits into shared memory is taken.
-_TILES = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 4, 1))
+# Best first; the first that fits is taken. By descriptors two programs of 64 rows fill a processor's time better than
+# one of 128; by pointers it is the other way round.
+_TILES = (
+    Tiles(64, 64, 4, 3, tma=True),
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 32, 4, 2),
+    Tiles(32, 16, 4, 1),
+)
 
 
-def choose_tiles(rows: int, row_bytes: int, widened_bytes: int, shared_bytes: int) -> Tiles:
+def choose_tiles(rows: int, row_bytes: int, shared_bytes: int, tma: bool) -> Tiles:
     """Tiles of prefill.
 
     Args:
         rows: queries x query heads of a KV head.
         row_bytes: of the keys of one slot, widened.
-        widened_bytes: what widening the whole cache would take; 0 where it needs no widening.
         shared_bytes: of a block's shared memory.
+        tma: whether descriptors can be used.
     """
-
-    def fits(tile_rows: int, slots: int, warps: int, stages: int) -> bool:
-        return row_bytes * (tile_rows + 2 * slots * stages) <= shared_bytes and (tile_rows <= 64 or rows > 64)
-
-    chosen = next((tiles for tiles in _TILES if fits(*tiles)), _TILES[-1])
-    # a pass of its own pays where many blocks of rows read what it wrote
-    return Tiles(*chosen, widen_first=widened_bytes <= WIDEN_LIMIT and rows > 256)
+    for tiles in _TILES:
+        is_large = tiles.rows > 64 and rows <= 64
+        if tiles.shared_bytes(row_bytes) <= shared_bytes and not is_large and (tma or not tiles.tma):
+            return tiles
+    return _TILES[-1]
 
 
 @triton.jit
-def widen_kernel(
-    keys_ptr, values_ptr, wide_keys_ptr, wide_values_ptr, start_ptr, slots, queries,
-    BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+def _split(x, OPERAND: tl.constexpr):
+    """float32 as the sum of two operands."""
+    high = x.to(OPERAND)
+    return high, (x - high.to(tl.float32)).to(OPERAND)
+
+
+@triton.jit
+def _prefix(
+    acc_MD, m_M, l_M, query_MD, prefix_key_ptr, prefix_value_ptr, key_shift_ptr, value_shift_ptr, prefix_len, is_dim,
+    score_gain, key_scale, value_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PREFIX_TILE: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Codes of all slots in use to fp16: bytes [B, G, S, WORDS] to [B, G, S, D]."""
-    length = tl.load(start_ptr).to(tl.int32) + queries
-    tiles = tl.cdiv(slots, TILE)
-    owner = (tl.program_id(0) // tiles).to(tl.int64)
-    first = (tl.program_id(0) % tiles) * TILE
-    if first < length:
-        slot = first + tl.arange(0, TILE)
-        byte = tl.arange(0, WORDS_PADDED)
-        is_stored = (slot < slots)[:, None] & (byte < WORDS)[None, :]
-        source = owner * slots * WORDS + (slot[:, None] * WORDS + byte[None, :])
-        key_SN = tl.load(keys_ptr + source, mask=is_stored, other=0)
-        value_SN = tl.load(values_ptr + source, mask=is_stored, other=0)
-        for p in tl.static_range(PLANES):
-            column = plane_column(byte, p, PLANES, BITS, (HEAD_DIM + 1) // 2)[None, :]
-            target = owner * slots * HEAD_DIM + (slot[:, None] * HEAD_DIM + column)
-            is_code = is_stored & (column < HEAD_DIM)
-            tl.store(wide_keys_ptr + target, plane(key_SN, p, PLANES, BITS), mask=is_code)
-            tl.store(wide_values_ptr + target, plane(value_SN, p, PLANES, BITS), mask=is_code)
+    """The prefix into the running softmax, whose scores and results count in codes. Nothing is rounded to operands."""
+    dim = tl.arange(0, DIM_PADDED)
+    key_shift_D = tl.zeros([DIM_PADDED], tl.float32)
+    value_shift_D = tl.zeros([DIM_PADDED], tl.float32)
+    if key_shift_ptr is not None:
+        key_shift_D = tl.load(key_shift_ptr + dim, mask=is_dim, other=0.0)
+    if value_shift_ptr is not None:
+        value_shift_D = tl.load(value_shift_ptr + dim, mask=is_dim, other=0.0)
+    for first in tl.range(0, prefix_len, PREFIX_TILE, num_stages=1):
+        token = first + tl.arange(0, PREFIX_TILE)
+        is_token = token < prefix_len
+        offset_PD = token[:, None] * HEAD_DIM + dim[None, :]
+        is_cell_PD = is_token[:, None] & is_dim[None, :]
+        key_PD = tl.load(prefix_key_ptr + offset_PD, mask=is_cell_PD, other=0.0).to(tl.float32)
+        value_PD = tl.load(prefix_value_ptr + offset_PD, mask=is_cell_PD, other=0.0).to(tl.float32)
+        high_PD, low_PD = _split(key_PD - key_shift_D[None, :], OPERAND)
+        score_MP = tl.dot(query_MD, tl.trans(low_PD))
+        score_MP = tl.dot(query_MD, tl.trans(high_PD), acc=score_MP)
+        score_MP = tl.where(is_token[None, :], score_MP / key_scale, _HIDDEN)
+        new_m_M = tl.maximum(m_M, tl.max(score_MP, 1))
+        share_MP = tl.exp2((score_MP - new_m_M[:, None]) * score_gain)
+        decay_M = tl.exp2((m_M - new_m_M) * score_gain)
+        l_M = l_M * decay_M + tl.sum(share_MP, 1)
+        m_M = new_m_M
+        high_MP, low_MP = _split(share_MP, OPERAND)
+        high_PD, low_PD = _split(value_PD - value_shift_D[None, :], OPERAND)
+        acc_MD = tl.dot(low_MP, high_PD, acc=acc_MD * decay_M[:, None])
+        acc_MD = tl.dot(high_MP, low_PD, acc=acc_MD)
+        acc_MD = tl.dot(high_MP, high_PD, acc=acc_MD)
+    return acc_MD / value_gain, m_M, l_M
+
+
+@triton.jit
+def _load(source, row, first, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr):
+    """Operands [TILE, DIM_PADDED] from slot `first` on, up to a whole tile always filled."""
+    if TMA:
+        out = source.load([row + first, 0])
+    else:
+        dim = tl.arange(0, DIM_PADDED)
+        offset = (first + tl.arange(0, TILE))[:, None] * HEAD_DIM + dim[None, :]
+        if DIM_PADDED == HEAD_DIM:
+            out = tl.load(source + offset)
+        else:
+            out = tl.load(source + offset, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    return out
 
 
 @triton.jit
 def _tile(
-    acc_MD, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first, length, slots,
-    last_slot_M, score_gain, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
-    BITS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    OPERAND: tl.constexpr, MASKED: tl.constexpr,
+    acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, row, first, end, last_slot_M,
+    score_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
+    TMA: tl.constexpr, OPERAND: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of slots into the running softmax. Without MASKED every row sees every slot of it."""
+    """One tile into the running softmax. Without MASKED every row sees every slot of it."""
     slot = first + tl.arange(0, TILE)
-    word = tl.arange(0, WORDS_PADDED)
-    offset_SN = slot[:, None] * WORDS + word[None, :]
-    is_slot = slot < length
-    if MASKED or WORDS != WORDS_PADDED:
-        is_stored_SN = is_slot[:, None] & (word < WORDS)[None, :]
-        key_SN = tl.load(keys_ptr + offset_SN, mask=is_stored_SN, other=0)
-    else:
-        key_SN = tl.load(keys_ptr + offset_SN)
-    score_MS = tl.zeros([ROWS, TILE], tl.float32)
-    for p in tl.static_range(PLANES):
-        score_MS = tl.dot(queries[p], tl.trans(plane(key_SN, p, PLANES, BITS).to(OPERAND)), acc=score_MS)
+    is_slot = slot < end
+    key_SD = _load(keys, row, first, HEAD_DIM, DIM_PADDED, TILE, TMA).to(OPERAND)
+    score_MS = tl.dot(query_MD, tl.trans(key_SD))
     if PER_TOKEN:
         score_MS *= tl.load(key_scale_ptr + slot, mask=is_slot, other=1.0)[None, :]
     if MASKED:
@@ -127,36 +168,34 @@ def _tile(
     l_M = l_M * decay_M + tl.sum(share_MS, 1)
     if PER_TOKEN:
         share_MS *= (tl.load(value_scale_ptr + slot, mask=is_slot, other=0.0) * _VALUE_GAIN)[None, :]
-    share_MS = share_MS.to(OPERAND)
-    if MASKED or WORDS != WORDS_PADDED:
-        value_SN = tl.load(values_ptr + offset_SN, mask=is_slot[:, None] & (word < WORDS)[None, :], other=0)
-    else:
-        value_SN = tl.load(values_ptr + offset_SN)
-    new_accs = ()
-    for p in tl.static_range(PLANES):
-        acc_MN = acc_MD[p] * decay_M[:, None]
-        new_accs += (tl.dot(share_MS, plane(value_SN, p, PLANES, BITS).to(OPERAND), acc=acc_MN),)
-    return new_accs, new_m_M, l_M
+    value_SD = _load(values, row, first, HEAD_DIM, DIM_PADDED, TILE, TMA).to(OPERAND)
+    acc_MD = tl.dot(share_MS.to(OPERAND), value_SD, acc=acc_MD * decay_M[:, None])
+    return acc_MD, new_m_M, l_M
 
 
-@triton.jit(do_not_specialize=["num_queries", "prefix_len"])
+@triton.jit(do_not_specialize=["first_owner", "owners", "together", "prefix_len", "num_queries"])
 def prefill_kernel(
-    query_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, key_shift_ptr, value_shift_ptr, prefix_key_ptr,
+    query_ptr, keys, values, key_scale_ptr, value_scale_ptr, key_shift_ptr, value_shift_ptr, prefix_key_ptr,
     prefix_value_ptr, start_ptr, visible_ptr, out_scale_ptr, out_shift_ptr, out_ptr,
-    scaling_log2e, slots, prefix_len, num_queries, visible_stride, stride_b, stride_l, stride_h,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BITS: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, WORDS_PADDED: tl.constexpr,
-    PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    scaling_log2e, first_owner, owners, together, slots, total, prefix_len, num_queries, visible_stride, stride_b,
+    stride_l, stride_h,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """`keys`, `values`: the scratch [owners, T, D], by descriptors of tiles or by pointers."""
     GROUPS: tl.constexpr = HEADS // REPEAT
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    OPERAND: tl.constexpr = operand_type(keys_ptr.dtype.element_ty, BITS)
+    KIND: tl.constexpr = keys.dtype if TMA else keys.dtype.element_ty
+    # the interpreter multiplies the bits of bfloat16
+    OPERAND: tl.constexpr = tl.float32 if INTERPRETED and KIND == tl.bfloat16 else KIND
+    # The last queries see the most slots: of owners that run together, they go first.
     blocks = tl.cdiv(num_queries * REPEAT, ROWS)
-    owners = tl.num_programs(0) // blocks
-    # the last queries see the most slots: they go first
-    block = blocks - 1 - tl.program_id(0) // owners
-    owner = tl.program_id(0) % owners
+    part = tl.program_id(0) // (blocks * together)
+    within = tl.program_id(0) - part * (blocks * together)
+    width = tl.minimum(owners - part * together, together)
+    block = blocks - 1 - within // width
+    scratch_owner = part * together + within % width
+    owner = first_owner + scratch_owner
     batch = owner // GROUPS
     group = owner % GROUPS
     start = tl.load(start_ptr).to(tl.int32)
@@ -164,129 +203,73 @@ def prefill_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     query = row // REPEAT
     head = group * REPEAT + row % REPEAT
-    is_row = query < num_queries
     last_slot_M = start + query
+    dim = tl.arange(0, DIM_PADDED)
+    is_dim = dim < HEAD_DIM
+    is_cell_MD = (query < num_queries)[:, None] & is_dim[None, :]
+    query_ptr += batch.to(tl.int64) * stride_b
+    query_offset_MD = (query * stride_l + head * stride_h)[:, None] + dim[None, :]
+    query_MD = tl.load(query_ptr + query_offset_MD, mask=is_cell_MD, other=0.0).to(OPERAND)
 
-    score_gain = scaling_log2e
-    prefix_gain = 1.0
+    key_scale = 1.0
     value_gain = 1.0
     if PER_TOKEN:
         value_gain = 1.0 / _VALUE_GAIN
-    elif key_scale_ptr is not None:
-        key_scale = tl.load(key_scale_ptr + group)
-        score_gain = scaling_log2e * key_scale
-        prefix_gain = 1.0 / key_scale
-        value_gain = tl.load(value_scale_ptr + group)
-
-    word = tl.arange(0, WORDS_PADDED)
-    query_ptr += batch.to(tl.int64) * stride_b
-    queries = ()
-    accs = ()
-    for p in tl.static_range(PLANES):
-        column = plane_column(word, p, PLANES, BITS, HALF)
-        is_query_MN = is_row[:, None] & ((word < WORDS) & (column < HEAD_DIM))[None, :]
-        offset_MN = (query * stride_l + head * stride_h)[:, None] + column[None, :]
-        queries += (tl.load(query_ptr + offset_MN, mask=is_query_MN, other=0.0).to(OPERAND),)
-        accs += (tl.zeros([ROWS, WORDS_PADDED], tl.float32),)
-    m_M = tl.full([ROWS], _LOWEST, tl.float32)
-    l_M = tl.zeros([ROWS], tl.float32)
-
-    if PREFIX_TILE > 0:
-        for first_token in tl.range(0, prefix_len, PREFIX_TILE, num_stages=1):
-            token = first_token + tl.arange(0, PREFIX_TILE)
-            is_token = token < prefix_len
-            prefix_offset = (group * prefix_len + token) * HEAD_DIM
-            score_MP = tl.zeros([ROWS, PREFIX_TILE], tl.float32)
-            for p in tl.static_range(PLANES):
-                column = plane_column(word, p, PLANES, BITS, HALF)
-                is_column = (word < WORDS) & (column < HEAD_DIM)
-                key_PN = tl.load(
-                    prefix_key_ptr + prefix_offset[:, None] + column[None, :],
-                    mask=is_token[:, None] & is_column[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                if key_shift_ptr is not None:
-                    key_PN -= tl.load(key_shift_ptr + group * HEAD_DIM + column, mask=is_column, other=0.0)[None, :]
-                score_MP = tl.dot(queries[p], tl.trans(key_PN.to(OPERAND)), acc=score_MP)
-            score_MP = tl.where(is_token[None, :], score_MP * prefix_gain, _HIDDEN)
-            prefix_m_M = tl.maximum(m_M, tl.max(score_MP, 1))
-            share_MP = tl.exp2((score_MP - prefix_m_M[:, None]) * score_gain)
-            decay_M = tl.exp2((m_M - prefix_m_M) * score_gain)
-            l_M = l_M * decay_M + tl.sum(share_MP, 1)
-            m_M = prefix_m_M
-            share_MP = share_MP.to(OPERAND)
-            prefix_accs = ()
-            for p in tl.static_range(PLANES):
-                column = plane_column(word, p, PLANES, BITS, HALF)
-                is_column = (word < WORDS) & (column < HEAD_DIM)
-                value_PN = tl.load(
-                    prefix_value_ptr + prefix_offset[:, None] + column[None, :],
-                    mask=is_token[:, None] & is_column[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                if value_shift_ptr is not None:
-                    value_PN -= tl.load(value_shift_ptr + group * HEAD_DIM + column, mask=is_column, other=0.0)[None, :]
-                prefix_accs += (tl.dot(share_MP, value_PN.to(OPERAND), acc=accs[p] * decay_M[:, None]),)
-            accs = prefix_accs
-        # from here on results count in codes
-        code_accs = ()
-        for p in tl.static_range(PLANES):
-            code_accs += (accs[p] / value_gain,)
-        accs = code_accs
-
-    keys_ptr += owner.to(tl.int64) * slots * WORDS
-    values_ptr += owner.to(tl.int64) * slots * WORDS
-    if PER_TOKEN:
         key_scale_ptr += owner.to(tl.int64) * slots
         value_scale_ptr += owner.to(tl.int64) * slots
+    elif key_scale_ptr is not None:
+        key_scale = tl.load(key_scale_ptr + group)
+        value_gain = tl.load(value_scale_ptr + group)
+    score_gain = scaling_log2e * key_scale
+    if key_shift_ptr is not None:
+        key_shift_ptr += group * HEAD_DIM
+    if value_shift_ptr is not None:
+        value_shift_ptr += group * HEAD_DIM
     if visible_ptr is not None:
         visible_ptr += batch.to(tl.int64) * visible_stride
-    length = start + tl.minimum((block * ROWS + ROWS - 1) // REPEAT + 1, num_queries)
-    # tiles that the block's first query sees whole need no mask
-    plain = 0 if visible_ptr is not None else (start + block * ROWS // REPEAT + 1) // TILE * TILE
+    first_row = scratch_owner * total
+    if not TMA:
+        keys += scratch_owner.to(tl.int64) * total * HEAD_DIM
+        values += scratch_owner.to(tl.int64) * total * HEAD_DIM
+
+    m_M = tl.full([ROWS], _LOWEST, tl.float32)
+    l_M = tl.zeros([ROWS], tl.float32)
+    acc_MD = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    if PREFIX_TILE > 0:
+        prefix_offset = group * prefix_len * HEAD_DIM
+        acc_MD, m_M, l_M = _prefix(
+            acc_MD, m_M, l_M, query_MD, prefix_key_ptr + prefix_offset, prefix_value_ptr + prefix_offset,
+            key_shift_ptr, value_shift_ptr, prefix_len, is_dim, score_gain, key_scale, value_gain, HEAD_DIM, DIM_PADDED,
+            PREFIX_TILE, OPERAND,
+        )  # fmt: skip
+    end = start + tl.minimum((block * ROWS + ROWS - 1) // REPEAT + 1, num_queries)
+    plain = 0
     if visible_ptr is None:
-        for first_slot in tl.range(0, plain, TILE, num_stages=STAGES):
-            accs, m_M, l_M = _tile(
-                accs, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
-                length, slots, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, HEAD_DIM, PER_TOKEN, ROWS,
-                TILE, OPERAND, False,
+        # tiles that the block's first query sees whole need no mask
+        plain = (start + block * ROWS // REPEAT + 1) // TILE * TILE
+        for first in tl.range(0, plain, TILE, num_stages=STAGES):
+            acc_MD, m_M, l_M = _tile(
+                acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, first_row, first,
+                end, last_slot_M, score_gain, HEAD_DIM, DIM_PADDED, PER_TOKEN, TILE, TMA, OPERAND, False,
             )  # fmt: skip
-    for first_slot in tl.range(plain, length, TILE, num_stages=STAGES):
-        accs, m_M, l_M = _tile(
-            accs, m_M, l_M, queries, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, visible_ptr, first_slot,
-            length, slots, last_slot_M, score_gain, PLANES, WORDS, WORDS_PADDED, BITS, HEAD_DIM, PER_TOKEN, ROWS,
-            TILE, OPERAND, True,
+    for first in tl.range(plain, end, TILE, num_stages=STAGES):
+        acc_MD, m_M, l_M = _tile(
+            acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, first_row, first,
+            end, last_slot_M, score_gain, HEAD_DIM, DIM_PADDED, PER_TOKEN, TILE, TMA, OPERAND, True,
         )  # fmt: skip
 
     gain_M = value_gain / tl.where(l_M > 0, l_M, 1.0)  # zeros where nothing is seen
+    out_MD = acc_MD * gain_M[:, None]
+    if value_shift_ptr is not None:
+        out_MD += tl.load(value_shift_ptr + dim, mask=is_dim, other=0.0)[None, :]
+    cell_MD = head[:, None] * HEAD_DIM + dim[None, :]
+    if out_scale_ptr is not None:
+        if out_shift_ptr is not None:
+            out_MD -= tl.load(out_shift_ptr + cell_MD, mask=is_cell_MD, other=0.0)
+        out_MD = divide_and_round(out_MD, tl.load(out_scale_ptr), LOW, HIGH)
     out_ptr += batch.to(tl.int64) * num_queries * (HEADS * HEAD_DIM)
-    for p in tl.static_range(PLANES):
-        column = plane_column(word, p, PLANES, BITS, HALF)
-        is_column = (word < WORDS) & (column < HEAD_DIM)
-        out_MN = accs[p] * gain_M[:, None]
-        if value_shift_ptr is not None:
-            out_MN += tl.load(value_shift_ptr + group * HEAD_DIM + column, mask=is_column, other=0.0)[None, :]
-        is_cell_MN = is_row[:, None] & is_column[None, :]
-        cell_MN = head[:, None] * HEAD_DIM + column[None, :]
-        if out_scale_ptr is not None:
-            if out_shift_ptr is not None:
-                out_MN -= tl.load(out_shift_ptr + cell_MN, mask=is_cell_MN, other=0.0)
-            out_MN = quantize(out_MN, tl.load(out_scale_ptr), LOW, HIGH)
-        out_offset_MN = query[:, None] * (HEADS * HEAD_DIM) + cell_MN
-        tl.store(out_ptr + out_offset_MN, out_MN.to(out_ptr.dtype.element_ty), mask=is_cell_MN)
-
-
-def _widen(keys: Tensor, values: Tensor, start: Tensor, queries: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """fp16 codes [B, G, S, D] of both; slots that no query sees are left unwritten."""
-    batch, groups, slots, _ = keys.shape
-    stored = stored_as_bytes(keys)
-    wide = [torch.empty(batch, groups, slots, head_dim, dtype=torch.float16, device=keys.device) for _ in range(2)]
-    tile = 64
-    widen_kernel[(batch * groups * triton.cdiv(slots, tile),)](
-        stored.view(keys), stored.view(values), *wide, start, slots, queries, BITS=stored.bits, PLANES=stored.planes,
-        WORDS=stored.words, WORDS_PADDED=stored.words_padded, HEAD_DIM=head_dim, TILE=tile, num_warps=4,
-    )  # fmt: skip
-    return wide[0], wide[1]
+    out_offset_MD = query[:, None] * (HEADS * HEAD_DIM) + cell_MD
+    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_cell_MD)
 
 
 def launch(
@@ -315,34 +298,44 @@ def launch(
     """
     batch, queries, heads, head_dim = query.shape
     groups, slots = keys.shape[1:3]
-    repeat = heads // groups
+    repeat, prefix_len = heads // groups, prefix_key.shape[1]
     query, visible = last_dim_dense(query), None if visible is None else last_dim_dense(visible)
-    stored = stored_as(keys, head_dim)
+    kind = prefill_operands.operand_dtype(query.dtype, keys.dtype)
+    padded = max(16, triton.next_power_of_2(head_dim))
     if tiles is None:
-        row_bytes = triton.next_power_of_2(head_dim) * (4 if keys.dtype == torch.float32 else 2)
-        widened_bytes = 0 if stored.bits == 16 else 4 * batch * groups * slots * head_dim
-        tiles = choose_tiles(queries * repeat, row_bytes, widened_bytes, _shared_bytes(query.device))
-    if stored.bits < 16 and tiles.widen_first:
-        keys, values = _widen(keys, values, start, queries, head_dim)
-        stored = stored_as(keys, head_dim)
-    elif stored.bits < 16:
-        stored = stored_as_bytes(keys)  # planes of bytes make longer matrix steps than planes of words
+        # of 2-byte numbers; rows of a descriptor are multiples of 16 bytes
+        tma = kind.itemsize == 2 and head_dim % 8 == 0 and _has_descriptors(query.device)
+        tiles = choose_tiles(queries * repeat, padded * kind.itemsize, _shared_bytes(query.device), tma)
+    total = prefill_operands.whole_tiles(slots)
+    owner_bytes = 2 * total * head_dim * kind.itemsize
+    together = min(_TOGETHER, max(1, _TOGETHER_BYTES // owner_bytes))
+    at_once = min(batch * groups, max(1, SCRATCH_LIMIT // owner_bytes))
     out = torch.empty(
         batch, queries, heads * head_dim, dtype=torch.float32 if out_scale is None else encoding, device=query.device
     )
-    prefix_len = prefix_key.shape[1]
+    scratch = torch.empty(2, at_once, total, head_dim, dtype=kind, device=query.device)
     low, high = code_range(bits)
-    prefill_kernel[(triton.cdiv(queries * repeat, tiles.rows) * batch * groups,)](
-        query, stored.view(keys), stored.view(values), key_scale, value_scale, key_shift, value_shift,
-        prefix_key.contiguous(), prefix_value.contiguous(), start, visible, out_scale, out_shift, out,
-        scaling * LOG2E, slots, prefix_len, queries, 0 if visible is None else visible.stride(0),
-        query.stride(0), query.stride(1), query.stride(2),
-        HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, BITS=stored.bits, PLANES=stored.planes, WORDS=stored.words,
-        WORDS_PADDED=stored.words_padded, PER_TOKEN=key_scale is not None and key_scale.ndim == 3,
-        PREFIX_TILE=16 if prefix_len else 0, LOW=low, HIGH=high, ROWS=tiles.rows, TILE=tiles.slots,
-        STAGES=tiles.stages, num_warps=tiles.warps,
-    )  # fmt: skip
+    for first_owner in range(0, batch * groups, at_once):
+        owners = min(at_once, batch * groups - first_owner)
+        wide = (scratch[0, :owners], scratch[1, :owners])
+        prefill_operands.fill(wide, keys, values, start, queries, first_owner)
+        if tiles.tma:
+            block = [tiles.slots, padded]
+            wide = tuple(TensorDescriptor.from_tensor(w.view(owners * total, head_dim), block) for w in wide)
+        prefill_kernel[(triton.cdiv(queries * repeat, tiles.rows) * owners,)](
+            query, *wide, key_scale, value_scale, key_shift, value_shift, prefix_key.contiguous(),
+            prefix_value.contiguous(), start, visible, out_scale, out_shift, out, scaling * LOG2E, first_owner, owners,
+            together, slots, total, prefix_len, queries, 0 if visible is None else visible.stride(0),
+            query.stride(0), query.stride(1), query.stride(2),
+            HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, DIM_PADDED=padded,
+            PER_TOKEN=key_scale is not None and key_scale.ndim == 3, PREFIX_TILE=16 if prefix_len else 0, LOW=low,
+            HIGH=high, ROWS=tiles.rows, TILE=tiles.slots, STAGES=tiles.stages, TMA=tiles.tma, num_warps=tiles.warps,
+        )  # fmt: skip
     return out
+
+
+def _has_descriptors(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _shared_bytes(device: torch.device) -> int:

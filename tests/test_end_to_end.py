@@ -1,0 +1,103 @@
+"""Fine-tuning of all blocks together: what it gains, what it leaves alone, and how it stops."""
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax
+from torchao.quantization import quantize_
+
+import pq_ao
+from pq_ao import FinetuneConfig, prefixquant_config
+from pq_ao.block_calibration import block_tensors
+from pq_ao.finetune import FinetuneWarning
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {"num_sequences": 32, "sequence_length": 96, "prefix_ids": (5, 0), "progress": False}
+BLOCKWISE = {"epochs": 1, "validation_sequences": 8}
+TOGETHER = BLOCKWISE | {"end_to_end_epochs": 4, "end_to_end_rate": 1e-3}
+IDS = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def _calibrate(model, tokenizer, english, mode="static", finetune=TOGETHER, **kwargs):
+    config, finetune = prefixquant_config(mode=mode), FinetuneConfig(**finetune)
+    return pq_ao.calibrate(model, tokenizer, config, data=english, finetune=finetune, **(SMALL | kwargs))
+
+
+def _sharp(make_tiny, family="llama"):
+    """Logits far from uniform, so that there is something to lose."""
+    model = make_tiny(family)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    return model
+
+
+def _tensors(model):
+    return [block_tensors(layer) for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_integers_come_nearer_to_the_logits_of_floating_point(make_tiny, tiny_tokenizer, english, family, mode):
+    model = _sharp(make_tiny, family)
+    record = _calibrate(model, tiny_tokenizer, english, mode)
+    history = record.end_to_end
+    assert history["stopped"] is None and len(history["validation"]) == 4
+    assert history["validation"][history["kept"] - 1] < 0.97 * history["before"]
+    assert record.end_to_end_seconds > 0
+
+
+def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny_tokenizer, english):
+    """What training saw on its validation windows is what integers give on them."""
+    model = _sharp(make_tiny)
+    windows = []
+    draw = pq_ao.calibration.calibration_windows
+
+    def keep(*args):
+        windows.append(draw(*args))
+        return windows[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq_ao.calibration, "calibration_windows", keep)
+        history = _calibrate(model, tiny_tokenizer, english).end_to_end
+    held_out = windows[0][SMALL["num_sequences"] :]
+    with torch.no_grad():
+        exact = log_softmax(model(held_out).logits.float(), dim=-1)
+        quantize_(model, prefixquant_config())
+        ours = log_softmax(model(held_out).logits.float(), dim=-1)
+    found = float(kl_div(ours, exact, reduction="sum", log_target=True) / held_out.numel())
+    assert found == pytest.approx(history["validation"][history["kept"] - 1], rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_codes_shifts_and_floating_point_stay(make_tiny, tiny_tokenizer, english, mode):
+    apart, together = _sharp(make_tiny), _sharp(make_tiny)
+    _calibrate(apart, tiny_tokenizer, english, mode, BLOCKWISE)
+    _calibrate(together, tiny_tokenizer, english, mode)
+    for before, after in zip(_tensors(apart), _tensors(together), strict=True):
+        changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+        quantizers = {"key_scale", "value_scale"} if mode == "static" else {"clip", "key_clip", "value_clip"}
+        assert changed == {"scale", "bias"} | quantizers
+    with torch.no_grad():
+        assert torch.equal(apart(IDS).logits, together(IDS).logits)
+
+
+def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english):
+    models = [_sharp(make_tiny) for _ in range(2)]
+    records = [_calibrate(model, tiny_tokenizer, english) for model in models]
+    assert records[0].end_to_end == records[1].end_to_end
+    first, second = map(_tensors, models)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+
+
+def test_a_rate_far_too_high_keeps_the_state_of_before(make_tiny, tiny_tokenizer, english):
+    plain, wild = _sharp(make_tiny), _sharp(make_tiny)
+    _calibrate(plain, tiny_tokenizer, english, finetune=BLOCKWISE)
+    with pytest.warns(FinetuneWarning, match="all blocks together: the error was not finite in epoch 1"):
+        record = _calibrate(wild, tiny_tokenizer, english, finetune=TOGETHER | {"end_to_end_rate": 1e4})
+    assert record.end_to_end["kept"] == 0 and record.end_to_end["stopped"]
+    first, second = map(_tensors, (plain, wild))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+
+
+def test_no_epochs_is_no_training(make_tiny, tiny_tokenizer, english):
+    record = _calibrate(make_tiny("llama"), tiny_tokenizer, english, finetune=BLOCKWISE)
+    assert record.end_to_end is None and record.end_to_end_seconds == 0
