@@ -120,17 +120,44 @@ def _join_halves(h, STEP: tl.constexpr):
 
 
 @triton.jit
-def join(h, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tensors [A, B] of a tuple to one [A, B, COUNT]."""
+def join_rows(h, FIRST: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """COUNT tensors [A, B] of a tuple to one [A * COUNT, B]."""
     joined = ()
     for i in tl.static_range(COUNT):
         joined = joined + (h[FIRST + i],)
     for stage in tl.static_range(_log2(COUNT)):
         joined = _join_halves(joined, COUNT >> (stage + 1))
-    return tl.reshape(joined[0], (h[0].shape[0], h[0].shape[1], COUNT))
+    joined = tl.reshape(joined[0], (A, B, COUNT))
+    return tl.reshape(tl.permute(joined, (0, 2, 1)), (A * COUNT, B))
 
 
 @triton.jit
-def join_rows(h, FIRST: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """COUNT tensors [A, B] of a tuple to one [A * COUNT, B]."""
-    return tl.reshape(tl.permute(join(h, FIRST, COUNT), (0, 2, 1)), (A * COUNT, B))
+def stack(h, COUNT: tl.constexpr):
+    """COUNT tensors [A, B, C, D] of a tuple to one [A, B, C, D, COUNT]."""
+    x = h[0]
+    for stage in tl.static_range(_log2(COUNT)):
+        h = _join_halves(h, COUNT >> (stage + 1))
+    return tl.reshape(h[0], (x.shape[0], x.shape[1], x.shape[2], x.shape[3], COUNT))
+
+
+@triton.jit
+def _split_each(h, COUNT: tl.constexpr, LAST: tl.constexpr):
+    even, odd = (), ()
+    for i in tl.static_range(COUNT):
+        x = h[i]
+        pair = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3], LAST // 2, 2)))
+        even = even + (pair[0],)
+        odd = odd + (pair[1],)
+    return even + odd
+
+
+@triton.jit
+def unstack(x, COUNT: tl.constexpr):
+    """The inverse of `stack`."""
+    h = (x,)
+    for stage in tl.static_range(_log2(COUNT)):
+        h = _split_each(h, 1 << stage, COUNT >> stage)
+    done = ()
+    for i in tl.static_range(COUNT):
+        done = done + (tl.reshape(h[i], (x.shape[0], x.shape[1], x.shape[2], x.shape[3])),)
+    return done

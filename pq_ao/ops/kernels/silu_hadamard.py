@@ -232,10 +232,10 @@ class Tiling:
         return options
 
 
-def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool) -> Tiling | RowsTiling:
-    """The tiling for `rows` rows of F = features, rotated with a base of this order."""
+def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool, raw: bool = False) -> Tiling | RowsTiling:
+    """The tiling for `rows` rows of F = features, of accumulators if raw, rotated with a base of this order."""
     if rows > _WHOLE_ROWS:
-        tiling = choose_rows_tiling(features, base_order)
+        tiling = choose_rows_tiling(features, base_order, dynamic, raw)
         if tiling is not None:
             return tiling
     length = features // base_order
@@ -301,7 +301,7 @@ def launch(
         )  # fmt: skip
         return
     order = base.shape[0]
-    tiling = tiling or choose_tiling(features, order, rows, dynamic)
+    tiling = tiling or choose_tiling(features, order, rows, dynamic, raw=in_scale is not None)
     tensors = (gate_up, in_scale, in_bias, base, scale, clip, shift, codes, row_scale)
     constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
     if isinstance(tiling, RowsTiling):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from pq_ao.ops.kernels.interpret import INTERPRETED
-from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
+from pq_ao.ops.kernels.raw_input import NO_MODIFIER, _times, load_input
 
 # the number whose last bits, once it is added, are the rounded integer
 _ROUNDER = tl.constexpr(12582912.0)
@@ -12,18 +12,31 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) to some 3 units in the last place; two special-function instructions, and no slow paths."""
+def sigmoid_over(x, DIVISOR: tl.constexpr):
+    """1 / (1 + exp(-x)) / DIVISOR to some 3 units in the last place, without slow paths; the divisor costs nothing."""
     if INTERPRETED:
-        return 1.0 / (1.0 + tl.exp(-x))
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-        "=f,f",
-        [x * -_LOG2_E],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
+        return 1.0 / (DIVISOR + DIVISOR * tl.exp(-x))
+    power = tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -_LOG2_E], dtype=tl.float32, is_pure=True, pack=1
     )
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [tl.fma(power, DIVISOR, DIVISOR)], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def scaled(x, scale, bias, IN_DTYPE: tl.constexpr):
+    """x * scale + bias, unless bias is None, rounded to IN_DTYPE; float32."""
+    x = _times(x, scale)
+    if bias is not None:
+        x += bias
+    if INTERPRETED or IN_DTYPE != tl.bfloat16:
+        return x.to(IN_DTYPE).to(tl.float32)
+    # in pairs: alone, the conversion is as slow as a division
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000; }",
+        "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -34,7 +47,27 @@ def silu_times(
     """silu(gate) * up in float32 at `columns` of a row of gate_up."""
     gate = load_input(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
     up = load_input(gate_ptr, F + columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
-    return gate * _sigmoid(gate) * up
+    return gate * sigmoid_over(gate, 1.0) * up
+
+
+@triton.jit
+def _saturated(x, factor, offset):
+    """x * factor + offset between 0 and 1, in one instruction."""
+    if INTERPRETED:
+        return tl.minimum(tl.maximum(x * factor + offset, 0.0), 1.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, offset], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def saturated_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """`to_codes` in two instructions, for sums: a y halfway between two codes may become either."""
+    if dtype == tl.float32:
+        return y
+    SPAN: tl.constexpr = HIGH - LOW
+    part = _saturated(y, 1.0 / (scale * SPAN), -LOW / SPAN)
+    return _from_rounded(tl.fma(part, SPAN + 0.0, LOW + _ROUNDER), dtype)
 
 
 @triton.jit
@@ -45,6 +78,23 @@ def to_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexp
     # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
     # Clamping before the product leaves the product and the rounding to one instruction.
     y = tl.minimum(tl.maximum(y, LOW * scale), HIGH * scale) * (1.0 / scale) + _ROUNDER
+    return _from_rounded(y, dtype)
+
+
+@triton.jit
+def _from_rounded(y, dtype: tl.constexpr):
     if dtype == tl.int8:
         return y.to(tl.int32, bitcast=True).to(tl.int8)
     return (y - _ROUNDER).to(dtype)
+
+
+@triton.jit
+def prefetch(ptr, BYTES: tl.constexpr):
+    """Asks L2 for so many bytes at ptr, by lines of 128."""
+    LINES: tl.constexpr = triton.next_power_of_2((BYTES + 127) // 128)
+    if not INTERPRETED:
+        places = tl.minimum(tl.arange(0, LINES) * 128, BYTES - 16)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.pointer_type(tl.int8)) + places],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

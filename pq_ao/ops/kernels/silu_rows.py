@@ -1,10 +1,10 @@
-"""silu_hadamard for many rows: a program does a row, which goes through shared memory once, as a bf16 operand.
+"""silu_hadamard for many rows: a program does a row, which goes through shared memory once.
 
-A row of F = K * L elements is h[k, l1, l2]. The axis l1 is done by butterflies between tensors that a thread holds
-whole. Then each warp takes its own values of l1 (a batch dimension of `tl.dot` that Triton gives to the warps): the
-base from the left, a Walsh matrix from the right. The accumulators of the first product are the operand of the second
-as they lie in registers, and the columns of the Walsh matrix are put in the order in which a thread then holds
-neighbours, so that shift and codes are read and written as they lie too.
+A row of F = K * 64 * W elements is h[k, w, n, j], n and j of 8 places each; a program has W warps. A warp loads the n
+and j of its w, and all k, as the right operand of the base: a thread eight j at a time, for every fourth k. Of the six
+bits of n and j, butterflies do some of j in a thread, before that product; a product with a Walsh matrix, whose operand
+the accumulators are as they lie, does the others. Then values are exchanged so that a thread has all w, which
+butterflies do, and neighbours for shift and codes.
 """
 
 from dataclasses import dataclass
@@ -14,55 +14,133 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
-from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, hadamard_entry, join, small_walsh
-from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
+from pq_ao.ops.kernels.hadamard import (
+    bf16_parts,
+    butterflies,
+    dot_bf16,
+    hadamard_entry,
+    small_walsh,
+    stack,
+    unstack,
+)
+from pq_ao.ops.kernels.silu_parts import prefetch, saturated_codes, scaled, sigmoid_over
 from pq_ao.ops.kernels.workspace import multiprocessors
 
-
-@triton.jit
-def _product(a_high, a_low, b_high, b_low, A_FLAT: tl.constexpr, B_FLAT: tl.constexpr):
-    """a @ b for batches of two parts each, of which FLAT ones have no low part."""
-    acc = tl.zeros((a_high.shape[0], a_high.shape[1], b_high.shape[2]), tl.float32)
-    if not A_FLAT:
-        acc = dot_bf16(a_low, b_high, acc)
-    if not B_FLAT:
-        acc = dot_bf16(a_high, b_low, acc)
-    return dot_bf16(a_high, b_high, acc)
+_ROWS = tl.constexpr(16)  # of the base, that are exchanged together
 
 
 @triton.jit
-def _as_held(y, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, L2: tl.constexpr):
-    """[GROUP, BLOCK_K, L2] as [4, 8, GROUP, BLOCK_K / 8, L2 / 4]: lanes, warps, and what a thread holds."""
-    y = tl.reshape(y, (GROUP, BLOCK_K // 8, 8, L2 // 8, 4, 2))
-    return tl.reshape(tl.permute(y, (4, 2, 0, 1, 3, 5)), (4, 8, GROUP, BLOCK_K // 8, L2 // 4))
+def _load(ptr, mask, CACHE: tl.constexpr):
+    if mask is None:
+        x = tl.load(ptr, cache_modifier=CACHE)
+    else:
+        x = tl.load(ptr, mask=mask, other=0, cache_modifier=CACHE)
+    return x
 
 
 @triton.jit
-def _load_as_held(
-    ptr, first, K: tl.constexpr, T: tl.constexpr, L2: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+def _load_eights(ptr, place, mask, CACHE: tl.constexpr):
+    """The eight j at `place` [4, 8, W, 1], 16 bytes a load; bf16 as four words of two."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        words = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        x = _load(words + (place // 2 + tl.arange(0, 4)), mask, CACHE)
+    else:
+        PART: tl.constexpr = 4 if ptr.dtype.element_ty.primitive_bitwidth == 32 else 8
+        part = tl.arange(0, 8 // PART)[None, None, None, :, None] * (8 * PART) + tl.arange(0, PART)
+        x = _load(ptr + (tl.expand_dims(place, 4) + part), None if mask is None else tl.expand_dims(mask, 4), CACHE)
+        x = tl.reshape(x, (4, 8, place.shape[2], 8))
+    return x
+
+
+@triton.jit
+def _widen(x):
+    """float32 of what `_load_eights` gives."""
+    if x.dtype == tl.int32:
+        first, second = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+        x = tl.reshape(tl.join(first, second), (4, 8, x.shape[2], 8))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _load_tiles(
+    ptr, place, FIRST: tl.constexpr, LAST: tl.constexpr, F: tl.constexpr, K: tl.constexpr, CACHE: tl.constexpr
 ):
-    """Values of a row of F in the shape of `_as_held`, four at a time: so many are one load."""
-    quarter = tl.arange(0, 4)[:, None, None, None, None, None]
-    k = (
-        tl.arange(0, 8)[None, :, None, None, None, None]
-        + tl.arange(0, BLOCK_K // 8)[None, None, None, :, None, None] * 8
-    )
-    l1 = tl.arange(0, GROUP)[None, None, :, None, None, None]
-    part = tl.arange(0, L2 // 16)[None, None, None, None, :, None]
-    offsets = k * (T * L2) + first + l1 * L2 + quarter * (L2 // 4) + part * 4 + tl.arange(0, 4)
-    x = tl.load(ptr + offsets, mask=k < K, other=0.0, eviction_policy="evict_last")
-    return tl.reshape(x, (4, 8, GROUP, BLOCK_K // 8, L2 // 4))
+    """Of tiles FIRST to LAST - 1, four k each, gate and up in turn."""
+    tiles = ()
+    for tile in tl.static_range(FIRST, LAST):
+        columns = place + tile * (4 * (F // K))
+        mask = None
+        if tile * 4 + 4 > K:
+            mask = tl.arange(0, 4)[:, None, None, None] + tile * 4 < K
+        tiles = tiles + (_load_eights(ptr, columns, mask, CACHE), _load_eights(ptr + F, columns, mask, CACHE))
+    return tiles
 
 
 @triton.jit
-def _exchange(h, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, L2: tl.constexpr, HELD: tl.constexpr):
-    """[BLOCK_K, L2, GROUP] to [GROUP, L2, BLOCK_K], a warp having its l1; l2 = HELD a + b stands at L2 / HELD b + a."""
-    h = tl.permute(tl.reshape(h, (BLOCK_K, L2 // HELD, HELD, GROUP)), (3, 2, 1, 0))
-    h = tl.reshape(h, (GROUP, L2, BLOCK_K))
-    # Adding a product of zeros has the compiler bring h, as float32, to the layout of accumulators, which transposed is
-    # that of the right operand. Left alone it would store bf16 in an order that cannot be read in vectors.
-    nothing = tl.zeros((GROUP, L2, 16), tl.bfloat16)
-    return dot_bf16(nothing, tl.zeros((GROUP, 16, BLOCK_K), tl.bfloat16), h)
+def _scaled_tile(
+    gate, up, in_scale_ptr, in_bias_ptr, place, TILE: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    IN_DTYPE: tl.constexpr,
+):  # fmt: skip
+    scale = _load_tiles(in_scale_ptr, place, TILE, TILE + 1, F, K, "")
+    if in_bias_ptr is not None:
+        bias = _load_tiles(in_bias_ptr, place, TILE, TILE + 1, F, K, "")
+        gate, up = scaled(gate, scale[0], bias[0], IN_DTYPE), scaled(up, scale[1], bias[1], IN_DTYPE)
+    else:
+        gate, up = scaled(gate, scale[0], None, IN_DTYPE), scaled(up, scale[1], None, IN_DTYPE)
+    return gate, up
+
+
+@triton.jit
+def _base_parts(base_ptr, K: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, W: tl.constexpr):
+    """The left operands: _ROWS rows each, high and low in turn, column 16a + 4b + c being k = 4 (4a + c) + b."""
+    column = tl.arange(0, 32)
+    k = ((column // 16 * 4 + column % 4) * 4 + column // 4 % 4)[None, :]
+    parts = ()
+    for first in tl.static_range(0, 32, _ROWS):
+        row = first + tl.arange(0, _ROWS)[:, None]
+        base = hadamard_entry(base_ptr, row, k, (row < K) & (k < K), BASE, FOLD)
+        parts = parts + bf16_parts(tl.broadcast_to(base[None], (W, _ROWS, 32)))
+    return parts
+
+
+@triton.jit
+def _output_places(quarter, lane, NEAR: tl.constexpr, VEC: tl.constexpr):
+    """Of the 64, NEAR for each lane; the 16 of a quarter are neighbours, or for float32 two eights."""
+    PARTS: tl.constexpr = 16 // NEAR
+    EIGHTS: tl.constexpr = 2 * VEC // NEAR
+    part, near = lane % PARTS, tl.arange(0, NEAR)
+    if EIGHTS > 0:  # written so that the compiler sees neighbours
+        place = part // EIGHTS * 32 + part % EIGHTS * NEAR + near
+    else:
+        place = near // (2 * VEC) * 32 + near % (2 * VEC)
+    return quarter * (2 * VEC) + place
+
+
+@triton.jit
+def _less_shift(y, shift_ptr, place, row, FIRST: tl.constexpr, K: tl.constexpr, LENGTH: tl.constexpr, W: tl.constexpr):
+    ptr = shift_ptr + FIRST * LENGTH
+    if K - FIRST < _ROWS:  # rows that do not exist read the last one
+        ptr += tl.minimum(row, K - FIRST - 1) * LENGTH + place % LENGTH
+    else:
+        ptr += place
+    done = ()
+    for w in tl.static_range(W):
+        done = done + (y[w] - tl.load(ptr + w * 64),)
+    return done
+
+
+@triton.jit
+def _store(
+    y, scale, ptr, place, row, FIRST: tl.constexpr, K: tl.constexpr, LENGTH: tl.constexpr, W: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    for w in tl.static_range(W):
+        codes = saturated_codes(y[w], scale, ptr.dtype.element_ty, LOW, HIGH)
+        at = ptr + (place + (FIRST * LENGTH + w * 64))
+        if K - FIRST < _ROWS:
+            tl.store(at, codes, mask=row < K - FIRST)
+        else:
+            tl.store(at, codes)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,11 +157,10 @@ def silu_rows_kernel(
     rows,
     F: tl.constexpr,
     BASE: tl.constexpr,
-    FOLD: tl.constexpr,  # K = BASE * FOLD
-    T: tl.constexpr,  # of l1
-    GROUP: tl.constexpr,  # values of l1 that go through the products together: one a warp
-    BLOCK_K: tl.constexpr,  # 16 or 32
-    HELD: tl.constexpr,  # neighbours along l2 that a thread loads
+    FOLD: tl.constexpr,  # K = BASE * FOLD, at most 32
+    W: tl.constexpr,
+    SPLIT: tl.constexpr,  # 2 or 4 parts of the eight j, that butterflies do
+    EARLY: tl.constexpr,  # tiles of the next row that are loaded amid a row
     FLAT: tl.constexpr,
     IN_DTYPE: tl.constexpr,
     DYNAMIC: tl.constexpr,
@@ -91,65 +168,105 @@ def silu_rows_kernel(
     HIGH: tl.constexpr,
 ):
     K: tl.constexpr = BASE * FOLD
-    L2: tl.constexpr = F // K // T
-    norm: tl.constexpr = F**-0.5
-    k, l2 = tl.arange(0, BLOCK_K), tl.arange(0, L2)
-    base = hadamard_entry(base_ptr, k[:, None], k[None, :], (k < K)[:, None] & (k < K)[None, :], BASE, FOLD)
-    base_high, base_low = bf16_parts(tl.broadcast_to(base[None], (GROUP, BLOCK_K, BLOCK_K)))
-    # rows in the order of `_exchange`; column 8a + 2b + c for l2 = (L2 / 4) b + 2a + c
-    l2_in, l2_out = l2 % (L2 // HELD) * HELD + l2 // (L2 // HELD), l2 // 2 % 4 * (L2 // 4) + l2 // 8 * 2 + l2 % 2
-    walsh = tl.broadcast_to(small_walsh(l2_in[:, None], l2_out[None, :])[None], (GROUP, L2, L2))
+    LENGTH: tl.constexpr = 64 * W
+    TILES: tl.constexpr = (K + 3) // 4
+    J: tl.constexpr = 8 // SPLIT
+    N: tl.constexpr = 8 * J
+    ROOT: tl.constexpr = F**0.5
+    base = _base_parts(base_ptr, K, BASE, FOLD, W)
+    # Of the 64 places of n and j, j has those that 16 bytes hold, the first bits; for float32 also the last bit.
+    # The matrix has row 8j + n; and column 8t + 2q + e with e the first bit, next the rest of t, then its top, then q.
+    VEC: tl.constexpr = 128 // gate_up_ptr.dtype.element_ty.primitive_bitwidth
+    n = tl.arange(0, N)
+    place_in = n % 8 * VEC + n // 8
+    place_out = n // 2 % 4 * (2 * VEC) + n // (4 * J) * VEC + n // 8 % (J // 2) * 2 + n % 2
+    walsh = tl.broadcast_to(small_walsh(place_in[:, None], place_out[None, :])[None], (W, N, N))
 
-    k_in, l2_in = k[:, None], l2[None, :]
-    # of an output: quarter of l2, row k of eight, l1, which eight rows, place in the quarter
-    k = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, BLOCK_K // 8)[None, None, None, :, None] * 8
-    l2 = tl.arange(0, 4)[:, None, None, None, None] * (L2 // 4) + tl.arange(0, L2 // 4)
-    place = k * (T * L2) + tl.arange(0, GROUP)[None, None, :, None, None] * L2 + l2
-    mask = k < K
+    warp = tl.arange(0, W)[None, None, :, None]
+    lane = tl.arange(0, 8)[None, :, None, None]
+    quarter = tl.arange(0, 4)[:, None, None, None]
+    place_in = quarter * LENGTH + warp * 64 + lane * VEC
+    # of an output: NEAR neighbours, of which a quarter of the 64 places has 16 / NEAR; the other lanes are rows
+    NEAR: tl.constexpr = 2 * _ROWS // W
+    row_out = warp * (NEAR // 2) + lane // (16 // NEAR)
+    place_out = row_out * LENGTH + _output_places(quarter, lane, NEAR, VEC)
     if DYNAMIC:
         clip = tl.load(clip_ptr)
     else:
         scale = tl.load(scale_ptr)
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=1):
+    begin = tl.program_id(0).to(tl.int64)
+    step = tl.num_programs(0)
+    early = _load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K, ".cg")
+    for row in tl.range(begin, rows, step, num_stages=1):
         gate_ptr = gate_up_ptr + row * (2 * F)
-        row_ptr = codes_ptr + row * F
+        next_ptr = gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F)
         h = ()
-        for l1 in tl.static_range(T):
-            offsets = k_in * (T * L2) + l1 * L2 + l2_in
-            h = h + (silu_times(gate_ptr, offsets, k_in < K, in_scale_ptr, in_bias_ptr, F, IN_DTYPE, ".cg"),)
-        h = butterflies(h, 0, T, 1)
+        for tile in tl.static_range(TILES):
+            if tile < EARLY:
+                gate, up = _widen(early[2 * tile]), _widen(early[2 * tile + 1])
+            else:
+                loaded = _load_tiles(gate_ptr, place_in, tile, tile + 1, F, K, ".cg")
+                gate, up = _widen(loaded[0]), _widen(loaded[1])
+            if in_scale_ptr is not None:
+                gate, up = _scaled_tile(gate, up, in_scale_ptr, in_bias_ptr, place_in, tile, F, K, IN_DTYPE)
+            x = gate * sigmoid_over(gate, ROOT) * up
+            x = tl.permute(tl.reshape(x, (4, 8, W, SPLIT, J)), (0, 1, 2, 4, 3))
+            h = h + (butterflies(unstack(x, SPLIT), 0, SPLIT, 1),)
+        prefetch(next_ptr, 2 * F * (gate_up_ptr.dtype.element_ty.primitive_bitwidth // 8))
+
+        based = ()
+        for part in tl.static_range(SPLIT):
+            x = ()
+            for tile in tl.static_range(8):
+                if tile < TILES:
+                    x = x + (h[tile][part],)
+                else:
+                    x = x + (tl.zeros((4, 8, W, J), tl.float32),)
+            x = tl.permute(tl.reshape(stack(x, 8), (4, 8, W, J, 2, 4)), (2, 4, 0, 5, 3, 1))
+            high, low = bf16_parts(tl.reshape(x, (W, 32, N)))
+            for half in tl.static_range(32 // _ROWS):
+                y = dot_bf16(base[2 * half], low, tl.zeros((W, _ROWS, N), tl.float32))
+                if not FLAT:
+                    y = dot_bf16(base[2 * half + 1], high, y)
+                based = based + (dot_bf16(base[2 * half], high, y),)
 
         ys = ()
-        for group in tl.static_range(T // GROUP):
-            x = _exchange(join(h, group * GROUP, GROUP), GROUP, BLOCK_K, L2, HELD)
-            high, low = bf16_parts(tl.permute(x, (0, 2, 1)))
-            y = _product(base_high, base_low, high, low, FLAT, False)
-            high, low = bf16_parts(y)
-            y = _as_held(_product(high, low, walsh, walsh, False, True), GROUP, BLOCK_K, L2) * norm
-            if DYNAMIC:
-                ys = ys + (y,)
+        for half in tl.static_range(32 // _ROWS):
+            x = ()
+            for part in tl.static_range(SPLIT):
+                high, low = bf16_parts(based[part * (32 // _ROWS) + half])
+                y = dot_bf16(low, walsh, tl.zeros((W, _ROWS, N), tl.float32))
+                x = x + (tl.reshape(dot_bf16(high, walsh, y), (W, _ROWS, N, 1)),)
+            # The lanes that the product gave to quarters keep them, or the exchange would be in small pieces. Then
+            # top of t, part, rest of t, and e; for float32 the top of the part is the last bit.
+            y = tl.reshape(stack(x, SPLIT), (W, _ROWS, 2, J // 2, 4, 2, 2, SPLIT // 2))
+            if VEC == 4:
+                y = tl.permute(y, (4, 6, 2, 7, 3, 5, 1, 0))
             else:
-                offsets = place + group * (GROUP * L2)
-                if shift_ptr is not None:
-                    y -= _load_as_held(shift_ptr, group * (GROUP * L2), K, T, L2, GROUP, BLOCK_K)
-                codes = to_codes(y, scale, codes_ptr.dtype.element_ty, LOW, HIGH)
-                tl.store(row_ptr + offsets, codes, mask=mask)
+                y = tl.permute(y, (4, 2, 6, 7, 3, 5, 1, 0))
+            y = tl.permute(tl.reshape(y, (4, 16 // NEAR, NEAR, W, NEAR // 2, W)), (0, 4, 1, 3, 2, 5))
+            y = butterflies(unstack(tl.reshape(y, (4, 8, W, NEAR, W)), W), 0, W, 1)
+            if half == 0:
+                early = _load_tiles(next_ptr, place_in, 0, EARLY, F, K, ".cg")
+            if half * _ROWS < K:
+                if shift_ptr is not None:  # all of it before the first store, which loads do not pass
+                    y = _less_shift(y, shift_ptr, place_out, row_out, half * _ROWS, K, LENGTH, W)
+                if DYNAMIC:
+                    ys = ys + (y,)
+                else:
+                    _store(y, scale, codes_ptr + row * F, place_out, row_out, half * _ROWS, K, LENGTH, W, LOW, HIGH)
         if DYNAMIC:
-            # rows beyond K are zero: those of the base and the shift are
-            absmax = 0.0
-            shifted = ()
-            for group in tl.static_range(T // GROUP):
-                y = ys[group]
-                if shift_ptr is not None:
-                    y -= _load_as_held(shift_ptr, group * (GROUP * L2), K, T, L2, GROUP, BLOCK_K)
-                absmax = tl.maximum(absmax, tl.max(tl.abs(tl.reshape(y, (GROUP * BLOCK_K * L2,))), axis=0))
-                shifted = shifted + (y,)
-            ys = shifted
+            peaks = tl.zeros((4, 8, W, NEAR), tl.float32)
+            for half in tl.static_range((K + _ROWS - 1) // _ROWS):
+                for w in tl.static_range(W):
+                    # rows that do not exist are zero, but for the shift
+                    y = tl.where(row_out < K - half * _ROWS, tl.abs(ys[half][w]), 0.0)
+                    peaks = tl.maximum(peaks, y)
+            absmax = tl.max(tl.reshape(peaks, (32 * W * NEAR,)), axis=0)
             scale = dynamic_scale(absmax, clip, LOW, HIGH)
             tl.store(row_scale_ptr + row, scale)
-            for group in tl.static_range(T // GROUP):
-                codes = to_codes(ys[group], scale, codes_ptr.dtype.element_ty, LOW, HIGH)
-                tl.store(row_ptr + place + group * (GROUP * L2), codes, mask=mask)
+            for half in tl.static_range((K + _ROWS - 1) // _ROWS):
+                _store(ys[half], scale, codes_ptr + row * F, place_out, row_out, half * _ROWS, K, LENGTH, W, LOW, HIGH)
 
 
 @dataclass(frozen=True)
@@ -157,37 +274,39 @@ class RowsTiling:
     """How rows are done; see the kernel's arguments of the same names."""
 
     fold: int
-    t: int
-    block_k: int
     warps: int
+    split: int = 2
+    early: int = 4
     registers: int | None = 128  # at most so many a thread
-    programs: int = 4  # a multiprocessor, which do all rows
+    programs: int = 2  # a multiprocessor, which do all rows
+
+    def options(self) -> dict[str, int | None]:
+        """What a launch takes of it."""
+        return {
+            "FOLD": self.fold, "W": self.warps, "SPLIT": self.split, "EARLY": self.early, "num_warps": self.warps,
+            "maxnreg": self.registers,
+        }  # fmt: skip
 
 
-_VALUES = 64  # float32 that a thread holds of a row
 _LARGEST_K = 32  # beyond, the product with the base would be most of the work
 
 
-def choose_rows_tiling(features: int, base_order: int) -> RowsTiling | None:
-    """The tiling for many rows of F = features; None for widths that this kernel does not take."""
+def choose_rows_tiling(features: int, base_order: int, dynamic: bool = False, raw: bool = False) -> RowsTiling | None:
+    """The tiling for many rows of F = features, accumulators if raw; None for widths that the kernel does not take."""
     fold = 1
     while base_order * fold * 2 <= _LARGEST_K and base_order * fold * 2 <= features:
         fold *= 2
-    length = features // (base_order * fold)
-    block_k = max(16, triton.next_power_of_2(base_order * fold))
-    warps = block_k * length // (32 * _VALUES)
-    if block_k > _LARGEST_K or not 4 <= warps <= 16:
+    warps = features // (base_order * fold) // 64
+    if base_order * fold > _LARGEST_K or not 4 <= warps <= 16:
         return None
-    return RowsTiling(fold, length // (32 if length >= 512 else 16), block_k, warps)
+    # what is held besides leaves fewer registers for the Walsh matrix and for the next row
+    return RowsTiling(fold, warps, split=4 if dynamic or raw else 2, early=0 if dynamic or raw else 4)
 
 
 def launch_rows(tensors: tuple[Tensor | None, ...], tiling: RowsTiling, constants: dict[str, object]) -> None:
     """Runs the kernel on its tensors (the last two being codes and row scales)."""
-    rows, features = tensors[-2].shape
+    rows = tensors[-2].shape[0]
+    if tensors[0].data_ptr() % 4:  # a view, whose bf16 are no whole words
+        tensors = (tensors[0].clone(), *tensors[1:])
     programs = min(rows, tiling.programs * multiprocessors(tensors[0].device))
-    l2 = features // (constants["BASE"] * tiling.fold * tiling.t)
-    silu_rows_kernel[(programs,)](
-        *tensors, rows, **constants, FOLD=tiling.fold, T=tiling.t, GROUP=min(tiling.warps, tiling.t),
-        BLOCK_K=tiling.block_k, HELD=max(1, tiling.block_k * l2 // (32 * tiling.warps)), num_warps=tiling.warps,
-        maxnreg=tiling.registers,
-    )  # fmt: skip
+    silu_rows_kernel[(programs,)](*tensors, rows, **constants, **tiling.options())

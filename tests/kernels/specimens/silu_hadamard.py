@@ -16,11 +16,11 @@ def _specimen(
     raw: bool = False, early: bool = False,
 ) -> Specimen:  # fmt: skip
     """As the launcher would choose it for that many rows."""
-    tiling = choose_tiling(features, order, rows, dynamic)
+    tiling = choose_tiling(features, order, rows, dynamic, raw)
     used, unused = _MODES[dynamic]
     types = _TYPES | {used: "*fp32", "codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
     constants = {
-        "F": features, "BASE": order, "FOLD": tiling.fold, "T": tiling.t, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
+        "F": features, "BASE": order, "FOLD": tiling.fold, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
         "HIGH": 7, "IN_DTYPE": tl.bfloat16, unused: None,
     }  # fmt: skip
     if raw:
@@ -29,15 +29,12 @@ def _specimen(
         constants |= _NO_ACCUMULATORS
     aligned = tuple(types)
     if isinstance(tiling, RowsTiling):
-        l2 = features // (order * tiling.fold * tiling.t)
-        constants |= {
-            "GROUP": tiling.warps, "BLOCK_K": tiling.block_k, "HELD": tiling.block_k * l2 // (32 * tiling.warps)
-        }  # fmt: skip
-        kernel, options = silu_rows_kernel, {"num_warps": tiling.warps, "maxnreg": tiling.registers}
+        kernel, options = silu_rows_kernel, tiling.options()
+        constants |= {name: options.pop(name) for name in ("FOLD", "W", "SPLIT", "EARLY")}
         types["rows"] = "i32"
     else:
         constants |= {
-            "L2": tiling.l2, "SPLIT": tiling.split, "GROUP": tiling.group, "BLOCK_OUT": tiling.block_out,
+            "T": tiling.t, "L2": tiling.l2, "SPLIT": tiling.split, "GROUP": tiling.group, "BLOCK_OUT": tiling.block_out,
             "BLOCK_K": tiling.block_k, "BLOCK_L2": max(16, tiling.l2), "EARLY": early,
         }  # fmt: skip
         kernel, options = silu_hadamard_kernel, tiling.options() | ({"launch_pdl": True} if early else {})
