@@ -12,14 +12,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.accuracy_run import AccuracyRun
-from benchmarks.accuracy_settings import SETTINGS, jobs
+from benchmarks.accuracy_settings import SETTINGS, Job, jobs, longest_first
 from benchmarks.accuracy_table import accuracy as accuracy_tables
+from benchmarks.accuracy_workers import rows_of
 from benchmarks.command import command_line, positive
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import RESULTS, Results, ResultsFile
 from benchmarks.run_lock import run_lock
 from pq_ao.finetune import FinetuneConfig
+
+BENCHMARK = "accuracy"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -36,6 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rows take the first 3, 2 (the headline) or 1 of them")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--output", type=Path, default=RESULTS, help="folder of results")
+    add("--processes", type=positive, default=1, help="calibrations at a time, spread over the GPUs; each takes longer")
     add("--resume", type=Path, metavar="FOLDER", help="keep what is finished here and go on after an interruption")
     group = parser.add_argument_group("perplexity")
     add = group.add_argument
@@ -86,16 +91,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             todo = jobs(options.rows, options.seeds)  # first: a wrong pattern should not cost loading a model
             if options.resume is not None:
                 stack.enter_context(run_lock(options.resume))
-            run = AccuracyRun(options, todo, command_line("benchmarks.accuracy", arguments))
+            results = Results.begin(BENCHMARK, command_line("benchmarks.accuracy", arguments), options.device)
+            file = (ResultsFile if options.resume is None else ResultsFile.go_on)(results, options.output)
+            run = AccuracyRun(options, todo, file)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             print(f"benchmarks.accuracy: {error}", file=sys.stderr)
             return 2
         windows = ", ".join(f"{count} windows of {length} tokens" for length, count in run.windows.items())
-        there = f", which has {len(run.file.results.rows)} rows" if run.file.results.rows else ""
-        print(f"{run.model_name}: {windows}; writing {run.file.path}{there}", flush=True)
-        run.run()
-    print(f"\n{accuracy_tables([run.file.results])}")
-    return 1 if run.failures else 0
+        there = f", which has {len(file.results.rows)} rows" if file.results.rows else ""
+        print(f"{run.model_name}: {windows}; writing {file.path}{there}", flush=True)
+        failures = _run_in_processes(options, todo, file) if options.processes > 1 else run.run()
+    print(f"\n{accuracy_tables([file.results])}")
+    return 1 if failures else 0
+
+
+def _run_in_processes(options: argparse.Namespace, todo: list[Job], file: ResultsFile) -> int:
+    """Writes the rows of all jobs as they come; returns how many failed."""
+    failures = 0
+    found = rows_of(options, longest_first(todo), file.results, options.processes)
+    for _, rows, failed in tqdm(found, "calibrations", len(todo), unit="run", disable=not sys.stderr.isatty()):
+        failures += failed
+        for row in rows:
+            file.append(row)
+    return failures
 
 
 if __name__ == "__main__":

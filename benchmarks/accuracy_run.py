@@ -22,13 +22,11 @@ from benchmarks.accuracy_settings import CALIBRATIONS, Calibration, Job, Setting
 from benchmarks.accuracy_texts import refuse_overlap, text_name, text_names
 from benchmarks.command import described
 from benchmarks.model_source import model_folder, model_name
-from benchmarks.results_file import Results, ResultsFile, Row
+from benchmarks.results_file import MemoryResults, ResultsFile, Row
 from pq_ao.calibration import CalibrationRecord
 from pq_ao.data import BLANK_LINE, count_windows, load_text, token_ids
 
 logger = logging.getLogger(__name__)
-
-BENCHMARK = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,15 @@ class AccuracyRun:
     Args:
         options: of the command line, see `benchmarks.accuracy.parse`.
         todo: the jobs.
-        command: the command as the results record it.
+        file: receives the rows.
 
     Raises:
         ValueError: corpus and calibration overlap, or an argument does not fit model or data.
         OSError, RuntimeError, ImportError: model, data or lm-eval cannot be had.
     """
 
-    def __init__(self, options: argparse.Namespace, todo: list[Job], command: str):
-        self.options, self.todo = options, todo
+    def __init__(self, options: argparse.Namespace, todo: list[Job], file: ResultsFile | MemoryResults):
+        self.options, self.todo, self.file = options, todo, file
         self.failures = 0
         self.finetune = pq_ao.FinetuneConfig(
             epochs=options.epochs,
@@ -83,8 +81,6 @@ class AccuracyRun:
         self.base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.windows = self._windows()
         self._check_calibration_texts()
-        results = Results.begin(BENCHMARK, command, options.device)
-        self.file = (ResultsFile if options.resume is None else ResultsFile.go_on)(results, options.output)
 
     def _local_tasks(self) -> dict:
         names = [name for job in self.todo for name in job.settings]
@@ -135,23 +131,32 @@ class AccuracyRun:
         """Bars for people, not for log files."""
         return sys.stderr.isatty()
 
-    def run(self) -> None:
-        """Measures what the results file does not hold yet; what fails is recorded and does not stop the rest."""
-        for job in tqdm(self.todo, desc="calibrations", unit="run", disable=not self.progress):
-            waiting = [measurement for measurement in self._measurements(job) if not self._is_held(measurement)]
-            if not waiting:
-                continue
-            failures = self.failures
-            self._run_job(job, waiting)
-            journal = self._journal(job)
-            if journal is not None and journal.exists() and self.failures == failures:
-                shutil.rmtree(journal)  # its rows are in the results: it would only take room
-            gc.collect()
-            torch.cuda.empty_cache()
-            # each fine-tuning compiles its step: in one process they would reach the limit and run uncompiled
-            torch.compiler.reset()
+    def run(self) -> int:
+        """Measures what the results do not hold yet; what fails is recorded and does not stop the rest.
 
-    def _run_job(self, job: Job, waiting: list[Measurement]) -> None:
+        Returns:
+            how many rows failed.
+        """
+        for job in tqdm(self.todo, desc="calibrations", unit="run", disable=not self.progress):
+            self.run_job(job)
+        return self.failures
+
+    def run_job(self, job: Job) -> None:
+        """Measures what of one job the results do not hold yet."""
+        waiting = [measurement for measurement in self._measurements(job) if not self._is_held(measurement)]
+        if not waiting:
+            return
+        failures = self.failures
+        self._calibrate_and_measure(job, waiting)
+        journal = self._journal(job)
+        if journal is not None and journal.exists() and self.failures == failures:
+            shutil.rmtree(journal)  # its rows are in the results: it would only take room
+        gc.collect()
+        torch.cuda.empty_cache()
+        # each fine-tuning compiles its step: in one process they would reach the limit and run uncompiled
+        torch.compiler.reset()
+
+    def _calibrate_and_measure(self, job: Job, waiting: list[Measurement]) -> None:
         known: Row = {}
         quantized = False
         try:
@@ -198,7 +203,8 @@ class AccuracyRun:
             resume=journal,
             progress=self.progress,
         )
-        return _what_was_found(record, restored) | {"calibration_peak_gib": self._peak()}
+        at_once = {"calibrations_at_once": self.options.processes}
+        return _what_was_found(record, restored) | {"calibration_peak_gib": self._peak()} | at_once
 
     def _finetune(self, calibration: Calibration) -> pq_ao.FinetuneConfig | None:
         if not calibration.finetuned:
@@ -221,7 +227,7 @@ class AccuracyRun:
             else:
                 row["ppl"] = self._perplexity(model, row)
             row |= {"evaluation_seconds": round(time.perf_counter() - started, 3), "peak_gib": self._peak()}
-        except Exception as error:  # as in `_run_job`: the same model may still serve the next row
+        except Exception as error:  # as in `_calibrate_and_measure`: the same model may still serve the next row
             logger.error("%s, seed %s, failed", measurement.name, row["seed"], exc_info=True)
             row["error"] = self._described(error)
         self._keep(measurement, row)

@@ -132,5 +132,14 @@ def jobs(patterns: Sequence[str], seeds: Sequence[int]) -> list[Job]:
             for seed in seeds[: setting.seeds]:
                 key = (setting.calibration, seed)
                 found.setdefault(key, Job(*key, {})).settings[name] = setting
-    trained = {name for name, calibration in CALIBRATIONS.items() if calibration.finetuned}
-    return sorted(found.values(), key=lambda job: job.calibration in trained)
+    return sorted(found.values(), key=_effort)
+
+
+def longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """The order for several processes: no long calibration is left when the others have ended."""
+    return sorted(jobs, key=_effort, reverse=True)
+
+
+def _effort(job: Job) -> tuple[bool, bool]:
+    calibration = CALIBRATIONS.get(job.calibration, Calibration())
+    return calibration.finetuned, calibration.end_to_end

@@ -134,12 +134,17 @@ def _ratio(ratio: float | None) -> str:
 
 
 def _cost(seeds: list[Found]) -> str:
-    """Median wall time and largest peak of memory of the calibrations; "about" where one was interrupted."""
+    """Median wall time and largest peak of memory of the calibrations; "about" where one was interrupted.
+
+    Where several ran at a time, how many: they shared the machine.
+    """
     timed = [row for row, _ in seeds if row.get("calibration_seconds")]
     if not timed:
         return "-"
     about = "about " if any(row.get("restored_blocks") for row in timed) else ""
     cell = f"{about}{statistics.median(row['calibration_seconds'] for row in timed):.0f} s"
+    at_once = max(row.get("calibrations_at_once") or 1 for row in timed)
+    cell += f" ({at_once} at a time)" if at_once > 1 else ""
     peaks = [row["calibration_peak_gib"] for row in timed if row.get("calibration_peak_gib")]
     return f"{cell}, {max(peaks):.1f} GiB" if peaks else cell
 

@@ -57,6 +57,18 @@ class Results:
         return cls(benchmark, date, commit(), device_name(device), versions(), command)
 
 
+class MemoryResults:
+    """Results like those of a file, for a process whose rows another one writes."""
+
+    def __init__(self, results: Results):
+        self.results = results
+
+    def append(self, row: Row) -> None:
+        """Adds a row; errors as `ResultsFile.append`'s."""
+        json.dumps(row, allow_nan=False)
+        self.results.rows.append(row)
+
+
 class ResultsFile:
     """Writes the results of one run, row by row.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import accuracy, accuracy_run, model_source
-from benchmarks.accuracy_settings import CALIBRATIONS, HEADLINE, SETTINGS, jobs
+from benchmarks.accuracy_settings import CALIBRATIONS, HEADLINE, SETTINGS, jobs, longest_first
 from benchmarks.accuracy_texts import refuse_overlap
 from benchmarks.results_file import COMMIT_VARIABLE, Results, ResultsFile, Row, load_results
 from benchmarks.run_lock import run_lock
@@ -326,3 +326,29 @@ class TestArguments:
         assert model_source.model_name(tmp_path / "folder") == "folder"
         (tmp_path / "source.json").write_text('{"kind": "gguf", "file": "Some-Model.Q4_1.gguf"}')
         assert model_source.model_name(tmp_path) == "Some-Model.Q4_1"
+
+
+class TestProcesses:
+    def test_same_rows_as_one_process(self, files, tmp_path, whole):
+        arguments = options(files, tmp_path, *THREE_ROWS, "--processes", "2")
+        assert accuracy.main(arguments) == 0
+        found = {row["calibration_sequences"]: row for row in rows_in(tmp_path)}
+        assert len(found) == len(whole) == 3
+        for row in whole:
+            other = found[row["calibration_sequences"]]
+            assert other["ppl"] == pytest.approx(row["ppl"], rel=1e-3)
+            if row["calibration_sequences"]:
+                assert (row["calibrations_at_once"], other["calibrations_at_once"]) == (1, 2)
+
+    def test_goes_on_in_other_processes(self, files, tmp_path, whole):
+        """What the results hold is not measured again, and a failure in a process is a row like any other."""
+        more = (*THREE_ROWS, "--processes", "2", "--resume", str(tmp_path / "journals"))
+        assert accuracy.main(options(files, tmp_path, *more)) == 0
+        (path,) = tmp_path.glob("*.json")
+        before = path.read_bytes()
+        assert accuracy.main(options(files, tmp_path, *more)) == 0 and path.read_bytes() == before
+
+    def test_longest_begin_first(self):
+        order = [CALIBRATIONS[job.calibration] for job in longest_first(jobs(["w4*"], [0]))]
+        effort = [(calibration.finetuned, calibration.end_to_end) for calibration in order]
+        assert effort == sorted(effort, reverse=True) and effort[0] == (True, True)
