@@ -1,27 +1,33 @@
-"""What a calibrated or quantized model consists of: arithmetic of each linear, bytes, and what was decided how.
-
-Bytes are counted on the tensors that hold the data: a `PackedWeight` shows the shape and dtype of the weight that it
-stands for, so its own `nbytes` is that of a dense tensor.
-"""
+"""What a calibrated or quantized model consists of, as text: arithmetic, kernels, bytes, and what was decided how."""
 
 import dataclasses
-import gc
+import statistics
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from pq_ao.cache import PrefixStaticCache
-from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
+from pq_ao.byte_counts import (
+    BF16_BYTES,
+    MemoryReport,
+    bytes_of,
+    bytes_of_linear,
+    bytes_of_model,
+    bytes_of_prefix,
+    calibrated_linears,
+    kept_modules,
+    live_bytes,
+    memory,
+)
+from pq_ao.linears import CalibratedLinear, KeptLinear
 from pq_ao.modules import PrefixAttention, attention_modules
 from pq_ao.ops.linear_paths import LinearPath, capability_of, linear_path
 from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.tensors import PackedWeight
 
-_BF16_BYTES = 2
+__all__ = ["MemoryReport", "explain", "live_bytes", "memory", "totals"]
 
 _PATH_MEANS = {
     Path.FLOAT: "rotated floating point: calibrated, but quantize_(model, config) has not run yet",
@@ -36,124 +42,23 @@ _KERNEL_MEANS = {
     LinearPath.INT_MM: "unpacked to int8, then torch._int_mm",
 }
 
+Spans = list[tuple[int, LinearPath]]  # a kernel, and the number of tokens from which on it is taken
+
 # tokens up to which the choice of kernels is asked for: no bound lies higher
 _MOST_TOKENS = 1 << 14
 
-_KEPT = (
-    (
-        "embedding, head",
-        "few bits there cost more accuracy than memory they save; quantize_head_ takes the head to int8",
-    ),
-    ("prefix keys, values", "their range is far from that of other tokens: one static scale cannot serve both"),
+# in high precision: arithmetic that has no tensors of its own
+_IN_PASSING = (
     ("queries", "used once and never stored"),
     ("RMSNorm, RoPE, R3, R4, softmax, SiLU, residual", "cheap, and errors there spread to everything behind"),
-    ("scales, shifts, biases", "float32: the epilogue of a linear rounds once"),
 )
 
 
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes of a calibrated or quantized model, see `memory`.
-
-    Attributes:
-        linear_bytes: the linears of the decoder blocks: weights (codes and scales once quantized), biases, and the
-            shifts and static scales or clip factors of their inputs. Before `quantize_` floating-point weight and
-            codes are both held.
-        linear_bf16_bytes: the same weights in bfloat16.
-        kept_bytes: embedding and head.
-        kv_bytes: what the cache holds, the prefix's keys and values, the shifts of all others and their static scales
-            or clip factors; None without a cache.
-        kv_bf16_bytes: keys and values of a StaticCache in bfloat16, same batch and length; None without a cache.
-    """
-
-    linear_bytes: int
-    linear_bf16_bytes: int
-    kept_bytes: int
-    kv_bytes: int | None = None
-    kv_bf16_bytes: int | None = None
-
-    @property
-    def linear_ratio(self) -> float:
-        """linear_bytes over linear_bf16_bytes."""
-        return self.linear_bytes / self.linear_bf16_bytes
-
-    @property
-    def kv_ratio(self) -> float | None:
-        """kv_bytes over kv_bf16_bytes; None without a cache."""
-        return None if self.kv_bytes is None else self.kv_bytes / self.kv_bf16_bytes
-
-
-def memory(model: PreTrainedModel, cache: PrefixStaticCache | None = None) -> MemoryReport:
-    """Counts the bytes of a calibrated or quantized model, and of a cache made for it.
-
-    Raises:
-        ValueError: the model is not calibrated.
-        TypeError: `cache` is another kind of cache.
-
-    Example::
-
-        report = pq_ao.memory(model, pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=1024))
-        report.linear_ratio, report.kv_ratio
-    """
-    attentions = attention_modules(model)
-    linears = [linear for _, linear in _linears(model)]
-    kept = [module.weight for module in model.modules() if isinstance(module, KeptEmbedding | KeptLinear)]
-    report = MemoryReport(
-        linear_bytes=sum(_linear_bytes(linear) for linear in linears),
-        linear_bf16_bytes=sum(linear.weight.numel() * _BF16_BYTES for linear in linears),
-        kept_bytes=sum(_bytes(weight) for weight in kept),
-    )
-    if cache is None:
-        return report
-    if not isinstance(cache, PrefixStaticCache):
-        raise TypeError(
-            f"cache: got {type(cache).__name__}; pass a pq_ao.PrefixStaticCache, the one that holds packed keys and "
-            "values, or leave it out."
-        )
-    return dataclasses.replace(
-        report,
-        kv_bytes=cache.nbytes + sum(_prefix_bytes(attention) for attention in attentions),
-        kv_bf16_bytes=sum(
-            2 * layer.batch_size * layer.num_heads * layer.max_cache_len * layer.k_head_dim * _BF16_BYTES
-            for layer in cache.layers
-        ),
-    )
-
-
-def live_bytes() -> Counter[str]:
-    """Bytes of every tensor that is alive in this process, by dtype such as "uint8".
-
-    A storage counts once, as the first dtype that it was found with, and counts whole even if only a slice of it is in
-    use. Tensor subclasses count as the tensors inside them. Tensors that no Python object refers to, such as scratch
-    memory of a kernel at work, are not seen, and a tensor on the meta device has no bytes.
-
-    Example::
-
-        before = live_bytes()
-        model(ids)
-        (live_bytes() - before).total()  # 0: the forward leaves nothing behind
-    """
-    gc.collect()
-    total: Counter[str] = Counter()
-    seen: set[int] = set()
-    for item in gc.get_objects():
-        # type(), not isinstance: that asks the object for __class__, which lazy ones answer with an import
-        if (
-            not issubclass(type(item), Tensor)
-            or is_traceable_wrapper_subclass(item)
-            or item.layout is not torch.strided
-        ):
-            continue
-        storage = item.untyped_storage()
-        # the compiler's fake tensors show a device, and only their storage tells that they have no bytes
-        if storage.device.type != "meta" and storage._cdata not in seen:
-            seen.add(storage._cdata)
-            total[str(item.dtype).removeprefix("torch.")] += storage.nbytes()
-    return total
-
-
 def explain(model: PreTrainedModel) -> str:
-    """Describes a calibrated or quantized model: the linears of each decoder layer, keys and values, and calibration.
+    """Describes a calibrated or quantized model.
+
+    Tables of the linears of each decoder block (scheme, path, kernels, bytes, scales), of keys and values, of what was
+    left in high precision and why, and of all bytes; then how it was calibrated.
 
     Raises:
         ValueError: the model is not calibrated.
@@ -163,61 +68,81 @@ def explain(model: PreTrainedModel) -> str:
         print(pq_ao.explain(model))
     """
     attentions = attention_modules(model)
-    linears = _linears(model)
-    sections = [_linear_table(linears), _paths(linears), _kernels(linears)]
-    sections += [_kv_text(attentions, linears[0][1]), _kept_text(model)]
+    linears = calibrated_linears(model)
+    shapes = _spans_by_shape(linears)
+    sections = [_linear_table(linears, shapes), _paths(linears), _kernels(shapes)]
+    sections += [_kv_table(model, attentions), _kv_text(attentions, linears[0][1]), _kept_text(model), totals(model)]
     record = getattr(model, "calibration_record", None)
     sections.append("calibration: no record is kept with this model" if record is None else _record_text(record))
     return "\n\n".join(sections)
 
 
-def _linears(model: nn.Module) -> list[tuple[str, CalibratedLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CalibratedLinear)]
+def totals(model: PreTrainedModel) -> str:
+    """The bytes of a calibrated or quantized model, as the table that `explain` has at its end.
 
-
-def _bytes(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_bytes(getattr(tensor, name)) for name in names)
-    return tensor.nbytes
-
-
-def _linear_bytes(linear: CalibratedLinear) -> int:
-    site = linear.quantizers[0]
-    weight = (linear.weight, linear.bias, linear.packed, linear.packed_bias)
-    return sum(map(_bytes, (*weight, site.scale, site.clip, site.shift)))
-
-
-def _prefix_bytes(attention: PrefixAttention) -> int:
-    return sum(map(_bytes, (attention.prefix_k, attention.prefix_v, *attention.kv.buffers())))
+    Raises:
+        ValueError: the model is not calibrated.
+    """
+    attentions = attention_modules(model)
+    report, whole = memory(model), bytes_of_model(model)
+    prefix = sum(map(bytes_of_prefix, attentions))
+    rest = whole - report.linear_bytes - report.kept_bytes - prefix
+    first = attentions[0]
+    vectors = 2 * first.kv_heads * len(attentions)  # of keys and values, for each token
+    dense = vectors * first.head_dim * BF16_BYTES
+    token = vectors * (first.head_dim * first.kv.bits // 8 + 4 * (first.kv.dynamic and first.kv.bits < 16))
+    rows = [
+        ("held", "bytes", "of bfloat16"),
+        (
+            "linears of the blocks",
+            f"{report.linear_bytes:,}",
+            f"{report.linear_ratio:.3f} of {report.linear_bf16_bytes:,}",
+        ),
+        ("embedding, head", f"{report.kept_bytes:,}", ""),
+        ("prefix; scales and shifts of keys and values", f"{prefix:,}", ""),
+        ("gains of norms, factors of rotations and RoPE", f"{rest:,}", ""),
+        ("model", f"{whole:,}", ""),
+        ("cache, for each token", f"{token:,}", f"{token / dense:.3f} of {dense:,}"),
+    ]
+    return _columns(rows, right=(1,))
 
 
 def _scale_text(site: ActivationQuantizer) -> str:
     return f"per token, clip {site.clip.item():.3g}" if site.dynamic else f"{site.scale.item():.5g}"
 
 
-def _linear_table(linears: list[tuple[str, CalibratedLinear]]) -> str:
-    rows = [("linear", "shape", "scheme", "path", "bytes", "activation scale")]
+def _range_text(scales: Tensor | None) -> str:
+    """Smallest and largest of some scales or factors."""
+    if scales is None:
+        return "-"
+    low, high = scales.aminmax()
+    return f"{low.item():.3g} to {high.item():.3g}"
+
+
+def _linear_table(linears: list[tuple[str, CalibratedLinear]], shapes: dict[tuple[int, int], Spans]) -> str:
+    rows = [("linear", "shape", "scheme", "path", "kernels", "bytes", "weight scales", "activation scale")]
     for name, linear in linears:
-        config = linear.config
+        config, shape = linear.config, (linear.out_features, linear.in_features)
+        used = shapes.get(shape, ()) if linear.path is Path.INTEGER else ()
+        packed = linear.weight if isinstance(linear.weight, PackedWeight) else linear.packed
         rows.append(
             (
                 name,
-                f"{linear.out_features} x {linear.in_features}",
+                f"{shape[0]} x {shape[1]}",
                 f"w{config.weight_bits}a{config.act_bits} {config.mode}",
                 linear.path.value,
-                f"{_linear_bytes(linear):,}",
+                ", ".join(path.value for _, path in used) or "-",
+                f"{bytes_of_linear(linear):,}",
+                _range_text(None if packed is None else packed.scale),
                 _scale_text(linear.quantizers[0]),
             )
         )
-    held = sum(_linear_bytes(linear) for _, linear in linears)
-    dense = sum(linear.weight.numel() * _BF16_BYTES for _, linear in linears)
-    return f"{_columns(rows, right=(1, 4, 5))}\n{held:,} bytes in all, {held / dense:.3f} of bfloat16 ({dense:,})"
+    held = sum(bytes_of_linear(linear) for _, linear in linears)
+    dense = sum(linear.weight.numel() * BF16_BYTES for _, linear in linears)
+    return f"{_columns(rows, right=(1, 5, 7))}\n{held:,} bytes in all, {held / dense:.3f} of bfloat16 ({dense:,})"
 
 
-def _columns(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
+def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
     """Lines of aligned columns, two spaces between; those in `right` end together."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -235,27 +160,55 @@ def _paths(linears: list[tuple[str, CalibratedLinear]]) -> str:
     return "\n".join(f"path {path.value} ({count} linears): {_PATH_MEANS[path]}" for path, count in paths.items())
 
 
-def _kernels(linears: list[tuple[str, CalibratedLinear]]) -> str:
-    """Which kernel the linears take for how many tokens, on the device that they are on."""
-    integer = [linear for _, linear in linears if linear.path is Path.INTEGER]
-    if not integer:
+def _spans_by_shape(linears: list[tuple[str, CalibratedLinear]]) -> dict[tuple[int, int], Spans]:
+    """The kernels that linears take on their device, each with the number of tokens from which on; none in floats."""
+    found: dict[tuple[int, int], Spans] = {}
+    for _, linear in linears:
+        shape = linear.out_features, linear.in_features
+        if linear.path is Path.INTEGER and shape not in found:
+            bits = linear.config.weight_bits, linear.config.act_bits
+            capability = capability_of(linear.weight.device)
+            spans = found[shape] = []
+            for tokens in range(1, _MOST_TOKENS + 1):
+                path = linear_path(tokens, *shape, *bits, capability)
+                if not spans or spans[-1][1] is not path:
+                    spans.append((tokens, path))
+    return found
+
+
+def _kernels(shapes: dict[tuple[int, int], Spans]) -> str:
+    """Which kernel the linears take for how many tokens."""
+    if not shapes:
         return "kernels: none yet"
-    shapes = {(linear.out_features, linear.in_features): linear for linear in integer}
     chosen: dict[str, list[str]] = {}
-    for (outs, inner), linear in shapes.items():
-        capability = capability_of(linear.weight.device)
-        bits = linear.config.weight_bits, linear.config.act_bits
-        spans: list[tuple[int, LinearPath]] = []
-        for tokens in range(1, _MOST_TOKENS + 1):
-            path = linear_path(tokens, outs, inner, *bits, capability)
-            if not spans or spans[-1][1] is not path:
-                spans.append((tokens, path))
+    for (outs, inner), spans in shapes.items():
         ends = [f"to {begin - 1}" for begin, _ in spans[1:]] + ["and more"]
         text = ", ".join(f"{begin} {end} {path.value}" for (begin, path), end in zip(spans, ends, strict=True))
         chosen.setdefault(text, []).append(f"{outs} x {inner}")
+    used = {path for spans in shapes.values() for _, path in spans}
     lines = [f"kernels by tokens, {', '.join(names)}: {text}" for text, names in chosen.items()]
-    used = [path for path in LinearPath if any(path.value in text for text in chosen)]
-    return "\n".join(lines + [f"  {path.value}: {_KERNEL_MEANS[path]}" for path in used])
+    return "\n".join(lines + [f"  {path.value}: {_KERNEL_MEANS[path]}" for path in LinearPath if path in used])
+
+
+def _kv_table(model: nn.Module, attentions: list[PrefixAttention]) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    kind = "clips" if attentions[0].kv.dynamic else "scales"
+    rows = [("attention", "keys, values", "path", f"key {kind}", f"value {kind}", "prefix", "bytes")]
+    for attention in attentions:
+        kv = attention.kv
+        kept = kv.bits == 16
+        rows.append(
+            (
+                names[id(attention)],
+                _name(attention.fixed_dtype) if kept else f"{kv.bits} bits {'dynamic' if kv.dynamic else 'static'}",
+                (Path.FLOAT if kept else kv.path).value,
+                _range_text(kv.key_clip if kv.dynamic else kv.key_scale),
+                _range_text(kv.value_clip if kv.dynamic else kv.value_scale),
+                f"{attention.prefix_k.shape[1]} tokens",
+                f"{bytes_of_prefix(attention):,}",
+            )
+        )
+    return _columns(rows, right=(5, 6))
 
 
 def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str:
@@ -266,7 +219,7 @@ def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str
         scales = "one scale a token and head" if first.kv.dynamic else "one static scale a head"
         scheme = f"{first.kv.bits} bits, {scales}, one shift a channel, path {first.kv.path.value}"
     rotation = "R1 and R2 in the weights, R3 and R4 online" if linear.config.rotation else "none"
-    prefix = sum(_bytes(attention.prefix_k) + _bytes(attention.prefix_v) for attention in attentions)
+    prefix = sum(bytes_of(attention.prefix_k) + bytes_of(attention.prefix_v) for attention in attentions)
     return "\n".join(
         (
             f"keys and values: {scheme}; {first.kv_heads} heads of {first.head_dim} in {len(attentions)} layers",
@@ -276,16 +229,47 @@ def _kv_text(attentions: list[PrefixAttention], linear: CalibratedLinear) -> str
     )
 
 
-def _kept_text(model: nn.Module) -> str:
-    lines = ["kept in high precision:"]
-    lines += [f"  {what}: {why}" for what, why in _KEPT]
-    for name, module in model.named_modules():
-        if isinstance(module, KeptEmbedding | KeptLinear):
-            shape = " x ".join(map(str, module.weight.shape))
-            is_int8 = isinstance(module.weight, PackedWeight)
-            kind = "int8, one scale a row" if is_int8 else _name(module.weight.dtype)
-            lines.append(f"  {name}: {shape} in {kind}, {_bytes(module.weight):,} bytes")
-    return "\n".join(lines)
+def _kept_text(model: PreTrainedModel) -> str:
+    attentions = attention_modules(model)
+    rows = [("kept in high precision", "in", "bytes", "why")]
+    for name, module in kept_modules(model).items():
+        shape = " x ".join(map(str, module.weight.shape))
+        why = "few bits there cost more accuracy than memory they save"
+        if isinstance(module, KeptLinear):
+            why = "every logit hangs on it; pq_ao.quantize_head_ takes it to int8"
+        if isinstance(module.weight, PackedWeight):
+            rows.append(
+                (
+                    f"{name}: {shape}",
+                    "int8, one scale a row",
+                    _total(module.parameters()),
+                    "each logit's own row and scale: half the bytes",
+                )
+            )
+        else:
+            rows.append((f"{name}: {shape}", _name(module.weight.dtype), _total(module.parameters()), why))
+    prefix = [tensor for attention in attentions for tensor in (attention.prefix_k, attention.prefix_v)]
+    why = "their range is far from that of other tokens: one static scale cannot serve both"
+    rows.append(("prefix keys, values", _name(prefix[0].dtype), _total(prefix), why))
+    linears = [linear for _, linear in calibrated_linears(model)]
+    sites = [tensor for linear in linears for tensor in linear.quantizers[0].buffers()]
+    heads = [tensor for attention in attentions for tensor in attention.kv.buffers()]
+    why = "the epilogue of a linear rounds once"
+    biases = [linear.bias if isinstance(linear.weight, PackedWeight) else linear.packed_bias for linear in linears]
+    weights = [linear.weight if isinstance(linear.weight, PackedWeight) else linear.packed for linear in linears]
+    scales = [None if weight is None else weight.scale for weight in weights]
+    rows.append(("scales, shifts, biases", "float32", _total((*sites, *heads, *biases, *scales)), why))
+    gains = [
+        module.weight for module in model.modules() if "RMSNorm" in type(module).__name__ and hasattr(module, "weight")
+    ]
+    if gains:
+        rows.append(("gains of norms that stand alone", _name(gains[0].dtype), _total(gains), "a few numbers"))
+    rows += [(what, "in passing", "-", why) for what, why in _IN_PASSING]
+    return _columns(rows, right=(2,))
+
+
+def _total(tensors: Iterable[Tensor | None]) -> str:
+    return f"{sum(map(bytes_of, tensors)):,}"
 
 
 def _record_text(record) -> str:
@@ -296,6 +280,13 @@ def _record_text(record) -> str:
             lines.append(f"  {field.name}: {value:.1f}")
         elif isinstance(value, str | int):
             lines.append(f"  {field.name}: {value}")
+    if record.finetune is not None:
+        settings = dataclasses.asdict(record.finetune).items()
+        lines.append(f"  finetune: {', '.join(f'{name} {value}' for name, value in settings)}")
+    if record.end_to_end:
+        lines.append(f"  error of the model, fine-tuned end to end over before: {_kept_ratio(record.end_to_end):.3f}")
+    if record.finetuning:
+        lines.append(f"  error of the blocks, fine-tuned over rounded: {_ratio_text(record.finetuning)}")
     prefix = record.prefix
     lines.append(f"  prefix_ids: {list(prefix.prefix_ids) or 'none'}")
     if prefix.rule_ids is not None and prefix.rule_ids != prefix.prefix_ids:
@@ -306,6 +297,16 @@ def _record_text(record) -> str:
     if prefix.ratios_after:
         lines.append(f"  threshold of that ratio: {prefix.threshold:.0f}")
     return "\n".join(lines)
+
+
+def _ratio_text(histories: list[dict]) -> str:
+    ratios = [_kept_ratio(history) for history in histories]
+    return f"{statistics.median(ratios):.3f} in the median, {min(ratios):.3f} to {max(ratios):.3f}"
+
+
+def _kept_ratio(history: dict) -> float:
+    """Validation error of the state that a training kept, over that of before."""
+    return (history["before"], *history["validation"])[history["kept"]] / history["before"]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -44,8 +44,8 @@ class FinetuneConfig:
 
     epochs: int = 20
     batch_size: int = 4
-    learning_rate: float = 1e-3
-    weight_learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
+    weight_learning_rate: float = 3e-2
     validation_sequences: int = 16
     end_to_end_epochs: int = 0
     end_to_end_rate: float = 1e-3

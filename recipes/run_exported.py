@@ -15,25 +15,14 @@ import torch
 from tokenizers import Tokenizer
 
 from pq_ao.exported import ExportedDecoder, load_exported
+from recipes.terminal import count, print_reply, run
 
 
 def stream_text(decoder: ExportedDecoder, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> list[int]:
-    """Prints the reply to stdout while it is made.
-
-    Returns:
-        token ids of the reply.
-    """
+    """Prints the reply to stdout while it is made; returns its token ids."""
     # a hidden prefix is in the programs: nothing is added in front
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
-    reply, printed = [], ""
-    for token in decoder.stream(ids, new_tokens):
-        reply.append(int(token))
-        text = tokenizer.decode(reply)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
-    print(tokenizer.decode(reply)[len(printed) :])
-    return reply
+    return print_reply(map(int, decoder.stream(ids, new_tokens)), tokenizer.decode)
 
 
 def main(argv: Sequence[str] | None = None) -> list[int]:
@@ -64,9 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", help="of the exported decoder")
     parser.add_argument("--tokenizer", help="a tokenizer.json (default: the one in the folder)")
     parser.add_argument("--prompt", default="The capital of France is", help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=count, default=64, help="at most (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

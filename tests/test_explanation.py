@@ -1,5 +1,7 @@
 """Bytes against sums done by hand, what stays alive after a forward, and what the description says."""
 
+import re
+
 import pytest
 import torch
 from torchao.quantization import quantize_
@@ -8,6 +10,7 @@ from transformers import DynamicCache
 import pq_ao
 from pq_ao import PrefixStaticCache, calibrate, explain, live_bytes, memory, prefixquant_config
 from pq_ao.config import SCHEMES
+from pq_ao.explanation import totals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,10 +33,11 @@ SMOLLM2_SHAPE = {
 def calibrated(make_tiny, tiny_tokenizer, english):
     """`calibrated(scheme, family="llama", ..., **config)`: a tiny model, calibrated but not yet quantized."""
 
-    def make(scheme: str = "w4a4kv4", family: str = "llama", shape: dict | None = None, **fields):
+    def make(scheme: str = "w4a4kv4", family: str = "llama", shape: dict | None = None, prefix_ids=None, **fields):
         model = make_tiny(family, **(shape or {"dtype": torch.bfloat16}))
         config = prefixquant_config(scheme, **fields)
-        calibrate(model, tiny_tokenizer, config, data=english, num_sequences=2, sequence_length=32, progress=False)
+        settings = {"num_sequences": 2, "sequence_length": 32, "prefix_ids": prefix_ids, "progress": False}
+        calibrate(model, tiny_tokenizer, config, data=english, **settings)
         return model, config
 
     return make
@@ -143,6 +147,16 @@ def test_live_bytes_counts_each_storage_once():
     assert not live_bytes() - before
 
 
+def span(scales: torch.Tensor) -> str:
+    return f"{scales.min().item():.3g} to {scales.max().item():.3g}"
+
+
+def memory_of(linear) -> int:
+    site, weight = linear.quantizers[0], linear.weight
+    held = (weight.qdata, weight.scale, linear.bias, site.scale, site.clip, site.shift)
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
 @pytest.mark.parametrize("mode, prefix", [("static", True), ("static", False), ("dynamic", True)])
 def test_explain(calibrated, mode, prefix):
     model, config = calibrated(mode=mode, prefix=prefix)
@@ -153,6 +167,9 @@ def test_explain(calibrated, mode, prefix):
     integers = explain(model)
     for text, path in ((floats, "float"), (reference, "reference"), (integers, "integer")):
         rows = [line.split() for line in text.splitlines() if line.startswith("model.layers.")]
+        rows, attentions = ([row for row in rows if ("_proj" in row[0]) == linear] for linear in (True, False))
+        assert [row[0] for row in attentions] == [f"model.layers.{i}.self_attn" for i in range(LAYERS)]
+        assert all(row[1:5] == ["4", "bits", mode, path] for row in attentions)
         names = [f"model.layers.{i}.{n}" for i in range(LAYERS) for n in ("self_attn.qkv_proj", "self_attn.o_proj")]
         names += [f"model.layers.{i}.mlp.{n}" for i in range(LAYERS) for n in ("gate_up_proj", "down_proj")]
         assert sorted(row[0] for row in rows) == sorted(names)
@@ -160,6 +177,14 @@ def test_explain(calibrated, mode, prefix):
         assert f"path {path} ({len(names)} linears): " in text
     down = model.model.layers[1].mlp.down_in
     line = next(line for line in integers.splitlines() if line.startswith("model.layers.1.mlp.down_proj"))
+    codes = model.model.layers[1].mlp.down_proj.weight
+    assert re.search(rf"  int_mm +{memory_of(model.model.layers[1].mlp.down_proj):,}  {span(codes.scale)}  ", line)
+    assert "  -  " in next(line for line in floats.splitlines() if line.startswith("model.layers.1.mlp.down_proj"))
+    kv = model.model.layers[1].self_attn.kv
+    line_of_kv = next(line for line in integers.splitlines() if line.startswith("model.layers.1.self_attn "))
+    keys, values = (kv.key_scale, kv.value_scale) if mode == "static" else (kv.key_clip, kv.value_clip)
+    assert span(keys) in line_of_kv and span(values) in line_of_kv
+    assert f"{len(model.calibration_record.prefix.prefix_ids)} tokens" in line_of_kv
     assert line.split()[1:4] == [str(WIDTH), "x", str(MLP)]
     assert line.endswith(f"{down.scale.item():.5g}" if mode == "static" else f"per token, clip {down.clip.item():.3g}")
     assert f"{memory(model).linear_bytes:,} bytes in all" in integers
@@ -181,8 +206,68 @@ def test_explain_16_bit_keys_and_no_record(calibrated):
     quantize_(model, config)
     text = explain(model)
     assert "keys and values: kept in bfloat16" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("model.layers.0.self_attn ")]
+    assert [row[1:5] for row in rows] == [["bfloat16", "float", "-", "-"]]
     assert "rotation: none" in text
     assert "no record is kept" in text
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w8a8kv8", "w4a4kv16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_totals_add_up(calibrated, family, scheme, mode):
+    model, config = calibrated(scheme, family, mode=mode)
+    quantize_(model, config)
+    cells = {line.split("  ")[0]: line.split("  ")[1:] for line in totals(model).splitlines()}
+    numbers = {name: int(next(filter(None, row)).replace(",", "")) for name, row in cells.items() if name != "held"}
+    *parts, whole, token = numbers.values()
+    assert sum(parts) == whole
+    report = memory(model, PrefixStaticCache(model, 1, 8))
+    assert parts[:2] == [report.linear_bytes, report.kept_bytes]
+
+    heads = 2 * HEAD_DIM * (family == "qwen3")  # gains of the norms of queries and keys
+    gains = (WIDTH + LAYERS * heads) * 2
+    rotations = {tensor.data_ptr(): tensor.nbytes for name, tensor in model.named_buffers() if name.endswith("_base")}
+    frequencies = sum(tensor.nbytes for name, tensor in model.named_buffers() if "inv_freq" in name)
+    assert parts[3] == gains + sum(rotations.values()) + frequencies
+    longer = memory(model, PrefixStaticCache(model, 1, 9))
+    assert token == longer.kv_bytes - report.kv_bytes
+    assert f"of {longer.kv_bf16_bytes - report.kv_bf16_bytes:,}" in totals(model)
+    assert totals(model) in explain(model)
+
+
+def test_what_is_kept_and_why(calibrated):
+    model, config = calibrated(prefix_ids=(5, 0))
+    quantize_(model, config)
+    table = {line.split("  ")[0]: line for line in explain(model).split("kept in high precision")[1].splitlines()[1:]}
+    prefix = LAYERS * 2 * GROUPS * 2 * HEAD_DIM * 2
+    for name, dtype, number, why in (
+        (f"model.embed_tokens: 300 x {WIDTH}", "bfloat16", 300 * WIDTH * 2, "few bits there cost more accuracy"),
+        (f"lm_head: 300 x {WIDTH}", "bfloat16", 300 * WIDTH * 2, "every logit hangs on it"),
+        ("prefix keys, values", "bfloat16", prefix, "one static scale cannot serve both"),
+        ("gains of norms that stand alone", "bfloat16", WIDTH * 2, ""),
+    ):
+        assert f"  {dtype}  " in table[name] and f"  {number:,}  " in table[name] and why in table[name]
+    scales = memory(model).linear_bytes - DENSE // 4  # all but the codes
+    heads = sum(tensor.nbytes for layer in model.model.layers for tensor in layer.self_attn.kv.buffers())
+    assert f"  {scales + heads:,}  the epilogue" in table["scales, shifts, biases"]
+    assert "used once" in table["queries"]
+
+    pq_ao.quantize_head_(model)
+    line = next(line for line in explain(model).splitlines() if line.startswith("lm_head"))
+    assert re.search(rf"  int8, one scale a row +{300 * WIDTH + 300 * 4:,}  ", line)
+
+
+def test_explain_tells_of_fine_tuning(calibrated):
+    model, config = calibrated()
+    model.calibration_record.finetune = pq_ao.FinetuneConfig(epochs=2)
+    model.calibration_record.finetuning = [
+        {"before": 0.5, "validation": [0.3, 0.25], "kept": 2},
+        {"before": 0.4, "validation": [0.5, 0.6], "kept": 0},
+    ]
+    text = explain(model)
+    assert "  finetune: epochs 2, batch_size 4, " in text
+    assert "  error of the blocks, fine-tuned over rounded: 0.750 in the median, 0.500 to 1.000" in text
 
 
 def test_explain_says_that_the_rule_did_not_hold(calibrated):

@@ -1,4 +1,4 @@
-"""recipes/run_exported.py: text from a folder and a tokenizer's file, in a process without transformers."""
+"""recipes/export.py, and recipes/run_exported.py: text from its folder, in a process without transformers."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import pq_ao
-from recipes import run_exported
+from recipes import export, run_exported
 from tests.checkpoints import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,11 +19,19 @@ PROMPT = "To be, or not"
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_tokenizer, tmp_path_factory):
-    """An exported decoder beside its tokenizer.json."""
-    folder = tmp_path_factory.mktemp("recipe")
-    pq_ao.export_decoder(tiny("llama", vocab_size=len(tiny_tokenizer)), 1, 64).save(folder)
-    tiny_tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+def checkpoint(tiny_tokenizer, tmp_path_factory):
+    """A saved model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    pq_ao.save(tiny("llama", vocab_size=len(tiny_tokenizer)), folder, tokenizer=tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    """An exported decoder beside its tokenizer.json, by the recipe."""
+    folder = tmp_path_factory.mktemp("recipe") / "exported"
+    manifest = export.main([str(checkpoint), "--output", str(folder), "--max-cache-len", "64", "--device", "cpu"])
+    assert (manifest.backend, manifest.batch_size, manifest.max_cache_len) == ("export", 1, 64)
     return folder
 
 
@@ -49,3 +57,26 @@ def test_the_text_is_the_decoder_s_and_no_transformers_is_loaded(folder):
 def test_a_missing_tokenizer_is_named(folder, tmp_path):
     with pytest.raises(SystemExit, match="nowhere.json: there is no such file; name the tokenizer.json of the model"):
         run_exported.main([str(folder), "--tokenizer", str(tmp_path / "nowhere.json")])
+
+
+def test_export_says_how_to_run_what_it_wrote(checkpoint, tmp_path, capsys):
+    settings = "--batch-size 2 --max-cache-len 32 --max-prefill-len 8 --device cpu".split()
+    manifest = export.main([str(checkpoint), "--output", str(tmp_path / "two"), *settings])
+    assert (manifest.batch_size, manifest.max_prefill_len) == (2, 8)
+    printed = capsys.readouterr().out
+    assert f"load_exported({str(tmp_path / 'two')!r})" in printed and "run_exported" not in printed
+    assert f"{sum(file.bytes for file in manifest.files.values()):,} bytes" in printed
+    with pytest.raises(SystemExit, match="batches of 2; export with 1"):
+        run_exported.main([str(tmp_path / "two")])
+
+
+def test_export_refuses_before_it_works(checkpoint, make_tiny, tiny_tokenizer, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output .*file: is a file; give a folder"):
+        export.main([str(checkpoint), "--output", str(tmp_path / "file")])
+    make_tiny("llama").save_pretrained(tmp_path / "floats")
+    with pytest.raises(ValueError, match="is not a quantized one.*\n.*recipes.quantize --model .*floats"):
+        export.main([str(tmp_path / "floats"), "--device", "cpu"])
+    with pytest.raises(ValueError, match="max_cache_len=2"):
+        export.main([str(checkpoint), "--output", str(tmp_path / "out"), "--max-cache-len", "2", "--device", "cpu"])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "floats"}

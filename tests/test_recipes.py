@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from matplotlib import image
+from transformers import AutoModelForCausalLM
 
 from pq_ao.finetune import Finetuner
-from recipes import finetune, quickstart
+from recipes import finetune, plot_outliers, quantize, quickstart, terminal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,18 +84,20 @@ def test_finetune_goes_on_to_the_same_results(tiny_folder, tmp_path, capsys, mon
     printed = capsys.readouterr()
     assert "--resume FOLDER" in printed.err
 
-    assert {file.name for file in whole.iterdir()} == {"finetuning.json", "finetuning.png"}
+    assert {file.name for file in whole.iterdir()} == {"finetuning.json", "finetuning.png", "checkpoint"}
     results = json.loads((whole / "finetuning.json").read_text())
     assert results == json.loads(json.dumps(returned))
     histories = results["calibration"]["finetuning"]
     assert len(histories) == 2 and all(history["before"] > finetune.kept_error(history) for history in histories)
     assert results["calibration"]["rounding"] == "nearest" and results["calibration"]["finetune"]["epochs"] == 3
-    dense, quantized = (results["perplexity"][name] for name in ("bf16", "quantized"))
+    dense, quantized = (results["perplexity"][name] for name in ("as loaded", "quantized"))
     assert 1 < dense["ppl"] != quantized["ppl"] < 10 * dense["ppl"] and dense["windows"] == quantized["windows"] == 2
     lines = printed.out.splitlines()
     for block, history in enumerate(histories):
         expected = [str(block), f"{history['before']:.3e}", f"{finetune.kept_error(history):.3e}"]
         assert lines[1 + block].split()[:3] == expected
+    checkpoint = AutoModelForCausalLM.from_pretrained(whole / "checkpoint")
+    assert checkpoint.calibration_record.finetune.epochs == 3
     assert any(f"{dense['ppl']:.2f} as loaded, {quantized['ppl']:.2f} as w4a4kv4 static" in line for line in lines)
 
     train, trained = Finetuner.train, []
@@ -119,7 +122,7 @@ def test_finetune_keeps_the_record_where_the_quantized_model_fails(tiny_folder, 
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(finetune, "quantize_", fail)
+    monkeypatch.setattr(quantize, "quantize_", fail)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
     settings = ["--model", str(tiny_folder), *FINETUNE, "--output", str(tmp_path / "out"), "--epochs", "1"]
@@ -128,7 +131,7 @@ def test_finetune_keeps_the_record_where_the_quantized_model_fails(tiny_folder, 
     results = json.loads((tmp_path / "out" / "finetuning.json").read_text())
     assert results["data"] == ["text.txt", "text.txt"]
     assert results["calibration"]["rounding"] == "gptq"
-    assert len(results["calibration"]["finetuning"]) == 2 and list(results["perplexity"]) == ["bf16"]
+    assert len(results["calibration"]["finetuning"]) == 2 and list(results["perplexity"]) == ["as loaded"]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +145,9 @@ def test_finetune_keeps_the_record_where_the_quantized_model_fails(tiny_folder, 
     ],
 )
 def test_finetune_refuses_at_once(arguments, words, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, ValueError)) as refused:
         finetune.main(arguments.split())
-    assert words in capsys.readouterr().err
+    assert words in capsys.readouterr().err + str(refused.value)
 
 
 def test_finetune_checks_its_settings_before_it_loads_a_model(tmp_path):
@@ -165,11 +168,30 @@ def test_finetune_writes_json_that_every_reader_takes(tmp_path):
         "kept": 1,
         "stopped": "epoch 2",
     }
-    finetune.write_json({"finetuning": [history]}, tmp_path / "finetuning.json")
+    terminal.write_json({"finetuning": [history]}, tmp_path / "finetuning.json")
     text = (tmp_path / "finetuning.json").read_text()
     (read,) = json.loads(text, parse_constant=pytest.fail)["finetuning"]
     assert read == history | {"training": [0.4, None], "validation": [0.3, None]}
     assert "stopped: epoch 2" in finetune.table([history])
     with pytest.raises(TypeError):
-        finetune.write_json({"wrong": object()}, tmp_path / "finetuning.json")
+        terminal.write_json({"wrong": object()}, tmp_path / "finetuning.json")
     assert (tmp_path / "finetuning.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+def test_plot_outliers(tiny_folder, tmp_path, capsys):
+    settings = "--num-sequences 2 --sequence-length 64 --tokens 40 --prefix-ids 5 0 --device cpu".split()
+    pictures = plot_outliers.main(["--model", str(tiny_folder), "--output", str(tmp_path / "out"), *settings])
+    assert [picture.name for picture in pictures] == ["outliers.png", "outliers-rotated.png"]
+    assert sorted((tmp_path / "out").iterdir()) == sorted(pictures)
+    pixels = [image.imread(picture) for picture in pictures]
+    assert pixels[0].shape == pixels[1].shape and not (pixels[0] == pixels[1]).all()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    loaded, rotated = (next(line for line in lines if line[:1] == [kind]) for kind in ("as", "rotated"))
+    ratios = [float(cell) for cell in (loaded[2], loaded[4], rotated[1], rotated[3])]
+    assert all(1 <= ratio < 64 for ratio in ratios) and ratios[0] != ratios[2]
+    assert loaded[3] == loaded[5] == rotated[2] == rotated[4] == "0"
+
+
+def test_plot_outliers_refuses_a_missing_text(tmp_path):
+    with pytest.raises(ValueError, match="--text.*nowhere.txt"):
+        plot_outliers.main(["--text", str(tmp_path / "nowhere.txt")])

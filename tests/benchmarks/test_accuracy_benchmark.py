@@ -98,7 +98,7 @@ class TestRows:
         assert static["calibration_corpus"] == "train.txt + more.txt" and static["prefix_ids"] == prefix["prefix_ids"]
         sizes = ("calibration_sequences", "calibration_length", "epochs", "validation_sequences", "learning_rate")
         assert chosen(static, *sizes) == (2, 64, None, None, None)
-        assert chosen(headline, *sizes) == (4, 32, 1, 2, 1e-3) and headline["stopped_blocks"] == []
+        assert chosen(headline, *sizes) == (4, 32, 1, 2, 3e-3) and headline["stopped_blocks"] == []
         assert static["calibration_seconds"] > 0 and static["evaluation_seconds"] > 0
         assert static["finetuning_seconds"] is None
         assert 0 < headline["finetuning_seconds"] < headline["calibration_seconds"]

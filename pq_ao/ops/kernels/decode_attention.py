@@ -88,8 +88,10 @@ def _tiles_of_codes(kv_heads: int, slots: int, bits: int, processors: int) -> Ti
         # bound by bandwidth: all that are resident; launched early they would take places unevenly
         splits = max(1, min(wanted, _RESIDENT * at_once // kv_heads))
         return codes._replace(splits=splits, registers=144 if bits == 4 else 168, prefix_apart=False)
-    # the prefix's program, too, wants a scheduler of its own
-    return codes._replace(splits=splits, prefix_apart=kv_heads * (splits + 1) <= at_once, early=True)
+    # the prefix's program, too, wants a scheduler of its own; launched early, more than one program a multiprocessor
+    # took longer
+    early = kv_heads * splits <= processors
+    return codes._replace(splits=splits, prefix_apart=kv_heads * (splits + 1) <= at_once, early=early)
 
 
 @triton.jit(do_not_specialize=["parts", "prefix_len"])
