@@ -48,6 +48,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sequence-length", type=positive, default=2048, help="tokens a window")
     add("--windows", type=positive, help="measure the first so many only; all where not given")
     add("--long-context", type=positive, nargs="?", const=8192, metavar="TOKENS", help="windows of 8192 tokens as well")
+    add(
+        "--long-context-rows",
+        nargs="+",
+        default=["bf16", "*-tuned", "*-end-to-end"],
+        metavar="GLOB",
+        help="rows to measure on those windows",
+    )
     add("--reference-windows", type=positive, default=4, help="windows of the row on the reference path")
     add("--batch-size", type=positive, default=4, help="windows at a time")
     group = parser.add_argument_group("tasks")

@@ -258,6 +258,8 @@ class AccuracyRun:
             texts = list(self.windows.items())
             if setting.path == "reference":
                 texts = [(length, min(windows, options.reference_windows)) for length, windows in texts[:1]]
+            elif not matches(name, options.long_context_rows):
+                texts = texts[:1]
             for length, windows in texts:
                 text = {"corpus": text_name(options.corpus), "seqlen": length, "windows": windows}
                 found.append(Measurement(name, setting, facts | text))

@@ -137,7 +137,7 @@ def jobs(patterns: Sequence[str], seeds: Sequence[int]) -> list[Job]:
 
 def longest_first(jobs: Sequence[Job]) -> list[Job]:
     """The order for several processes: no long calibration is left when the others have ended."""
-    return sorted(jobs, key=_effort, reverse=True)
+    return sorted(jobs, key=lambda job: (*(not part for part in _effort(job)), job.seed))
 
 
 def _effort(job: Job) -> tuple[bool, bool]:

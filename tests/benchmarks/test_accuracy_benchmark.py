@@ -77,7 +77,7 @@ def chosen(row: Row, *keys: str) -> tuple:
 class TestRows:
     def test_from_end_to_end(self, files, tmp_path, capsys):
         rows = ["--rows", "bf16*", UNTRAINED, HEADLINE, f"{HEADLINE}-reference", "--seeds", "5", "1"]
-        lengths = ["--reference-windows", "2", "--long-context", "96"]
+        lengths = ["--reference-windows", "2", "--long-context", "96", "--long-context-rows", "*"]
         assert accuracy.main(options(files, tmp_path, *rows, *lengths)) == 0
         assert str(files) not in (tmp_path / os.listdir(tmp_path)[0]).read_text()
         found = rows_in(tmp_path)
@@ -349,6 +349,6 @@ class TestProcesses:
         assert accuracy.main(options(files, tmp_path, *more)) == 0 and path.read_bytes() == before
 
     def test_longest_begin_first(self):
-        order = [CALIBRATIONS[job.calibration] for job in longest_first(jobs(["w4*"], [0]))]
+        order = [CALIBRATIONS[job.calibration] for job in longest_first(jobs(["w4*"], [0, 1]))]
         effort = [(calibration.finetuned, calibration.end_to_end) for calibration in order]
         assert effort == sorted(effort, reverse=True) and effort[0] == (True, True)
