@@ -115,11 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_in_processes(options: argparse.Namespace, todo: list[Job], file: ResultsFile) -> int:
     """Writes the rows of all jobs as they come; returns how many failed."""
     failures = 0
-    found = rows_of(options, longest_first(todo), file.results, options.processes)
-    for _, rows, failed in tqdm(found, "calibrations", len(todo), unit="run", disable=not sys.stderr.isatty()):
-        failures += failed
-        for row in rows:
-            file.append(row)
+    found = rows_of(options, longest_first(todo), file.results)
+    for row in tqdm(found, "measured", unit="row", disable=not sys.stderr.isatty()):
+        file.append(row)
+        failures += "error" in row
     return failures
 
 

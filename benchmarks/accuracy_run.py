@@ -22,7 +22,7 @@ from benchmarks.accuracy_settings import CALIBRATIONS, Calibration, Job, Setting
 from benchmarks.accuracy_texts import refuse_overlap, text_name, text_names
 from benchmarks.command import described
 from benchmarks.model_source import model_folder, model_name
-from benchmarks.results_file import MemoryResults, ResultsFile, Row
+from benchmarks.results_file import ResultsFile, Row, SentResults
 from pq_ao.calibration import CalibrationRecord
 from pq_ao.data import BLANK_LINE, count_windows, load_text, token_ids
 
@@ -57,7 +57,7 @@ class AccuracyRun:
         OSError, RuntimeError, ImportError: model, data or lm-eval cannot be had.
     """
 
-    def __init__(self, options: argparse.Namespace, todo: list[Job], file: ResultsFile | MemoryResults):
+    def __init__(self, options: argparse.Namespace, todo: list[Job], file: ResultsFile | SentResults):
         self.options, self.todo, self.file = options, todo, file
         self.failures = 0
         self.finetune = pq_ao.FinetuneConfig(
@@ -342,6 +342,7 @@ def _what_was_found(record: CalibrationRecord, restored: int) -> Row:
     training = layers * fmean(record.finetuning_seconds) if record.finetuning_seconds else None
     return {
         "prefix_ids": list(record.prefix.prefix_ids),
+        "calibration_context": record.context,
         "calibration_seconds": None if seconds is None else round(seconds, 3),
         "finetuning_seconds": None if training is None else round(training, 3),
         "end_to_end_seconds": round(record.end_to_end_seconds, 3) if record.end_to_end else None,

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,22 @@ class Results:
         return cls(benchmark, date, commit(), device_name(device), versions(), command)
 
 
-class MemoryResults:
-    """Results like those of a file, for a process whose rows another one writes."""
+class SentResults:
+    """Results like those of a file, for a process whose rows another one writes.
 
-    def __init__(self, results: Results):
-        self.results = results
+    Args:
+        results: what is held already.
+        rows: a queue between the processes, receives the rows.
+    """
+
+    def __init__(self, results: Results, rows: Queue):
+        self.results, self.rows = results, rows
 
     def append(self, row: Row) -> None:
-        """Adds a row; errors as `ResultsFile.append`'s."""
+        """Adds a row and sends it; errors as `ResultsFile.append`'s."""
         json.dumps(row, allow_nan=False)
         self.results.rows.append(row)
+        self.rows.put(row)
 
 
 class ResultsFile:

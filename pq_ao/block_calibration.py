@@ -18,8 +18,8 @@ from pq_ao.tensors import PackedWeight
 def store_prefix(layer: nn.Module, family: DecoderFamily, head: Stream) -> None:
     """Keeps the prefix's keys and values of this block in full precision (method section 3.3), then moves it on."""
     attention: PrefixAttention = layer.get_submodule(family.attention)
-    normed = layer.get_submodule(family.attention_norm)(head.hidden)
-    _, key, value = attention.project(normed, head.position_embeddings)
+    hidden, angles = head.sequences(slice(None))
+    _, key, value = attention.project(layer.get_submodule(family.attention_norm)(hidden), angles)
     head.advance(layer)  # the prefix sees itself as ordinary causal tokens, so before it becomes a prefix
     attention.prefix_k, attention.prefix_v = key[0].contiguous(), value[0].contiguous()
 

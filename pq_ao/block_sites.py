@@ -13,7 +13,7 @@ from pq_ao.modules import on_path, path_switches
 from pq_ao.ops.quantize import dequantize
 from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.rounding import LayerInputs
-from pq_ao.streams import Stream
+from pq_ao.streams import Sequences, Stream
 
 # A1 to A4 (method section 1.2) in the order that a block reaches them
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
@@ -120,7 +120,7 @@ class BlockSites:
                 self.quantizers[name].observer = None
         return {name: torch.cat(parts) for name, parts in inputs.items()}, torch.cat(importance)
 
-    def _input(self, site: str, batch: Tensor) -> Tensor:
+    def _input(self, site: str, batch: Sequences) -> Tensor:
         def reached(x: Tensor) -> None:
             raise _Reached(x.flatten(0, -2))
 
@@ -182,11 +182,11 @@ class BlockSites:
     def heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """q [1, H, T, D], k and v [1, G, T, D] of the first sequences, in float32."""
         return [
-            tuple(t.float() for t in self.attention.project(self.norm(hidden), self.body.position_embeddings))
+            tuple(t.float() for t in self.attention.project(self.norm(one.hidden), one.angles))
             for batch in self.body.batches(_SEARCH_SEQUENCES)
-            for hidden in batch.split(1)
+            for one in batch.split()
         ]
 
-    def search_batches(self) -> list[Tensor]:
+    def search_batches(self) -> list[Sequences]:
         """The first sequences, for objectives that run the whole block."""
         return list(self.body.batches(_SEARCH_SEQUENCES))

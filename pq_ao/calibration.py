@@ -42,7 +42,8 @@ class CalibrationRecord:
     Attributes:
         config: the scheme.
         prefix: the prefix and how well it holds.
-        data, num_sequences, sequence_length, balance, rounding, search, finetune, seed: arguments of `calibrate`.
+        data, num_sequences, sequence_length, context, balance, rounding, search, finetune, seed: arguments of
+            `calibrate`.
         scales: by layer, each static scale or clip factor, the factor on the absmax scale as "<name>_factor", and how
             channels were balanced as "<name>_balance" (`pq_ao.balance`).
         finetuning: by layer, how it went (`pq_ao.training.TrainingHistory`); empty without.
@@ -59,6 +60,7 @@ class CalibrationRecord:
     data: str
     num_sequences: int
     sequence_length: int
+    context: int
     balance: bool
     rounding: str
     search: str
@@ -87,6 +89,7 @@ def calibrate(
     data: TextSource = "embedded",
     num_sequences: int = 16,
     sequence_length: int = 2048,
+    context: int | None = None,
     balance: bool = True,
     rounding: str = "nearest",
     search: str = "tensor",
@@ -110,6 +113,8 @@ def calibrate(
             (see `pq_ao.data.load_text`).
         num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
             distances that they are seen at.
+        context: positions that the windows are spread over, for static keys fit the positions that they were
+            calibrated at; None for all that the model has (`max_position_embeddings`).
         balance: scale the inner channels of each block against each other first (`pq_ao.balance`); free at run time.
         rounding: "nearest", or "gptq": error-compensating, more accurate and slower.
         search: objective for static scales and clip factors of activations: "tensor" (the activation's own squared
@@ -136,6 +141,7 @@ def calibrate(
     """
     started = time.perf_counter()
     config = config or prefixquant_config()
+    context = _context(model, context, sequence_length)
     _check_arguments(model, config, rounding, search, finetune, prefix_ids, storage)
     check_weights(model)
     held_out = 0 if finetune is None else finetune.validation_sequences
@@ -148,7 +154,7 @@ def calibrate(
     prefix_seconds = time.perf_counter() - started
     described = data if isinstance(data, str) else f"{type(data).__name__}"
     record = CalibrationRecord(
-        config, prefix, described, num_sequences, sequence_length, balance, rounding, search, finetune, seed
+        config, prefix, described, num_sequences, sequence_length, context, balance, rounding, search, finetune, seed
     )
     record.prefix_seconds = prefix_seconds
     with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
@@ -157,7 +163,8 @@ def calibrate(
         before = time.perf_counter()
         family = family_of(model)
         finetuner = EndToEndFinetuner(model, family, finetune, seed, progress)
-        record.end_to_end = finetuner.train(*(Stream(model, family, ids) for ids in (train, validation))).to_dict()
+        streams = (Stream(model, family, ids, storage=storage, context=context) for ids in (train, validation))
+        record.end_to_end = finetuner.train(*streams).to_dict()
         record.end_to_end_seconds = time.perf_counter() - before
     record.seconds = time.perf_counter() - started
     model.calibration_record = record
@@ -192,8 +199,9 @@ class _Pipeline:
         self.head = Stream(model, self.family, prefix, first_position=-prefix.shape[1])
         # what each block is to learn; the quantized path itself is all that scales and codes are chosen on
         learns = record.finetune is not None
-        self.body, *self.floats = (Stream(model, self.family, train, storage=storage) for _ in range(1 + learns))
-        self.validation = [Stream(model, self.family, validation, storage=storage) for _ in range(2 * learns)]
+        streams = {"storage": storage, "context": record.context}
+        self.body, *self.floats = (Stream(model, self.family, train, **streams) for _ in range(1 + learns))
+        self.validation = [Stream(model, self.family, validation, **streams) for _ in range(2 * learns)]
         self.finetuner: Finetuner | None = None
 
     def run(self, journal: CalibrationJournal | None) -> None:
@@ -246,7 +254,17 @@ class _Pipeline:
 def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -> dict:
     """What the result of a calibration depends on, for its journal."""
     known = record.to_dict()
-    names = ("config", "num_sequences", "sequence_length", "balance", "rounding", "search", "finetune", "seed")
+    names = (
+        "config",
+        "num_sequences",
+        "sequence_length",
+        "context",
+        "balance",
+        "rounding",
+        "search",
+        "finetune",
+        "seed",
+    )
     return {name: known[name] for name in names} | {
         "prefix_ids": list(record.prefix.prefix_ids),
         "weights": fingerprint(model.named_parameters()),
@@ -255,6 +273,17 @@ def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -
         "torch": torch.__version__,
         "pq_ao": __version__,
     }
+
+
+def _context(model: PreTrainedModel, context: int | None, sequence_length: int) -> int:
+    if context is None:
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sequence_length
+        return max(known, sequence_length)
+    if type(context) is not int or context < sequence_length:
+        raise ValueError(
+            f"context={context!r}: a whole number of at least sequence_length={sequence_length} is needed."
+        )
+    return context
 
 
 def _check_arguments(

@@ -19,7 +19,7 @@ from pq_ao.families import DecoderFamily
 from pq_ao.finetune import FinetuneConfig, FinetuneWarning
 from pq_ao.modules import on_path, path_switches
 from pq_ao.quantizers import Path
-from pq_ao.streams import Stream
+from pq_ao.streams import Sequences, Stream
 from pq_ao.trained_block import BlockFrame, BlockTensors, linears_of
 from pq_ao.training import TrainingHistory, train
 
@@ -90,7 +90,8 @@ class EndToEndFinetuner:
     @torch.no_grad()
     def _tensors(self, stream: Stream) -> list[BlockTensors]:
         """What is trained of each block; the unit of a bias is the spread of what its linear puts out."""
-        hidden = stream.hidden[: self.config.batch_size].to(stream.device, self.dtype)
+        hidden, angles = stream.sequences(slice(self.config.batch_size))
+        hidden = hidden.to(self.dtype)
         blocks = []
         for layer in self.layers:
             units: dict[str, Tensor] = {}
@@ -98,7 +99,7 @@ class EndToEndFinetuner:
                 linear.register_forward_hook(_unit_into(units, name)) for name, linear in linears_of(layer).items()
             ]
             with on_path(path_switches(layer), Path.REFERENCE):
-                hidden = stream.run(layer, hidden)
+                hidden = stream.run(layer, Sequences(hidden, angles))
             for hook in hooks:
                 hook.remove()
             blocks.append(self.frame.tensors_of_codes(layer, units))
@@ -106,15 +107,14 @@ class EndToEndFinetuner:
 
     def _error(self, blocks: list[BlockTensors], stream: Stream, chosen: Tensor) -> Tensor:
         """Mean divergence over the tokens of the chosen sequences."""
-        embedded = stream.hidden[chosen.to(stream.hidden.device)].to(stream.device)
+        hidden, angles = stream.sequences(chosen)
         with torch.no_grad():
-            exact = embedded.to(self.dtype)
+            exact = hidden.to(self.dtype)
             for layer in self.layers:
-                exact = stream.run(layer, exact)
-        hidden = embedded
+                exact = stream.run(layer, Sequences(exact, angles))
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             for block in blocks:
-                hidden = self._recomputed(self.block_outputs, block, hidden, stream.mask, stream.position_embeddings)
+                hidden = self._recomputed(self.block_outputs, block, hidden, stream.mask, angles)
             # a sequence at a time: logits of all would be most of the memory
             parts = [self._recomputed(self._divergence, *pair) for pair in zip(hidden, exact, strict=True)]
         return torch.stack(parts).mean()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pq_ao.rounding import RoundedWeight
-from pq_ao.streams import Stream
+from pq_ao.streams import Sequences, Stream
 from pq_ao.trained_block import BlockFrame, BlockTensors
 from pq_ao.training import TrainingHistory, train
 
@@ -70,10 +70,9 @@ class Pairs(NamedTuple):
     inputs: Stream
     targets: Stream
 
-    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, chosen: Tensor) -> tuple[Sequences, Tensor]:
         """Inputs and targets [n, T, d] of the chosen sequences, int64 [n] on the CPU."""
-        device = self.inputs.device
-        return tuple(stream.hidden[chosen.to(stream.hidden.device)].to(device) for stream in self)
+        return self.inputs.sequences(chosen), self.targets.sequences(chosen).hidden
 
 
 class Finetuner:
@@ -94,9 +93,9 @@ class Finetuner:
         if config.compile or (config.compile is None and self.on_gpu):
             self.error = torch.compile(self._error, dynamic=False)
 
-    def _error(self, tensors: BlockTensors, batch: tuple[Tensor, Tensor], mask: Tensor, angles: tuple) -> Tensor:
+    def _error(self, tensors: BlockTensors, batch: tuple[Sequences, Tensor], mask: Tensor) -> Tensor:
         """Mean relative squared error of the tokens of a batch."""
-        hidden, target = batch
+        (hidden, angles), target = batch
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             output = self.frame.outputs(tensors, hidden, mask, angles).float()
         power = target.square().mean(dim=-1).clamp_min(_SMALLEST_POWER)
@@ -140,4 +139,4 @@ class Finetuner:
         return history
 
     def _of_batch(self, tensors: BlockTensors, pairs: Pairs, chosen: Tensor) -> Tensor:
-        return self.error(tensors, pairs.batch(chosen), pairs.inputs.mask, pairs.inputs.position_embeddings)
+        return self.error(tensors, pairs.batch(chosen), pairs.inputs.mask)

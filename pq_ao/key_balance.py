@@ -57,7 +57,7 @@ def _heads(sites: BlockSites) -> tuple[Tensor, Tensor]:
     queries, keys = [], []
     with on_path(path_switches(sites.layer), Path.FLOAT):
         for batch in sites.body.batches(_SEQUENCES):
-            query, key, _ = attention.project(sites.norm(batch), sites.body.position_embeddings)
+            query, key, _ = attention.project(sites.norm(batch.hidden), batch.angles)
             query = query[:, :, ::stride].unflatten(1, (attention.kv_heads, -1))
             queries.append(query.transpose(0, 1).flatten(1, 3))
             keys.append(key[:, :, ::stride].transpose(0, 1).flatten(1, 2))

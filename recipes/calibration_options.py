@@ -28,6 +28,7 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     add_data_options(group)
     add = group.add_argument
+    add("--context", type=count, metavar="N", help="positions to calibrate for (default: all that the model has)")
     add("--balance", action=switch, default=True, help="of the inner channels of blocks")
     add("--search", choices=SEARCHES, default="tensor", help="objective of scales (default: %(default)s)")
     add("--rounding", choices=tuple(ROUNDINGS), default="nearest", help="of weights (default: %(default)s)")
@@ -80,8 +81,8 @@ def calibrate_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.prefix_ids is not None and not arguments.prefix:
         raise ValueError("--prefix-ids: without effect beside --no-prefix; leave one of the two out.")
-    names = ("num_sequences", "sequence_length", "balance", "search", "rounding", "storage", "resume", "seed")
-    return {name: getattr(arguments, name) for name in (*names, "prefix_ids")} | {
+    names = ("num_sequences", "sequence_length", "context", "prefix_ids", "balance", "search", "rounding", "storage")
+    return {name: getattr(arguments, name) for name in (*names, "resume", "seed")} | {
         "data": calibration_data(arguments.data),
         "finetune": _finetune(arguments),
     }

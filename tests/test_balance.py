@@ -60,8 +60,8 @@ def test_block_stays_the_same_function_of_text_behind_the_same_prefix(make_tiny,
     normed = family == "qwen3"  # its heads are normalised behind the projection
     assert torch.equal(before.self_attn.prefix_k, after.self_attn.prefix_k) == normed
     assert ("key_balance" in found) != normed
-    hidden = sites.body.hidden[:2]
-    expected, actual = (sites.body.run(layer, hidden) for layer in (before, after))
+    two = sites.body.sequences(slice(2))
+    expected, actual = (sites.body.run(layer, two) for layer in (before, after))
     assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 

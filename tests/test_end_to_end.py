@@ -11,7 +11,7 @@ from pq_ao.block_calibration import block_tensors
 from pq_ao.finetune import FinetuneWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"num_sequences": 32, "sequence_length": 96, "prefix_ids": (5, 0), "progress": False}
+SMALL = {"num_sequences": 32, "sequence_length": 96, "context": 96, "prefix_ids": (5, 0), "progress": False}
 BLOCKWISE = {"epochs": 1, "validation_sequences": 8}
 TOGETHER = BLOCKWISE | {"end_to_end_epochs": 4, "end_to_end_rate": 1e-3}
 IDS = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -37,11 +37,13 @@ def _tensors(model):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_integers_come_nearer_to_the_logits_of_floating_point(make_tiny, tiny_tokenizer, english, family, mode):
+    """Scales of the largest values, which nothing searched and nothing trained before: there is much to gain."""
     model = _sharp(make_tiny, family)
-    record = _calibrate(model, tiny_tokenizer, english, mode)
+    untrained = {"learning_rate": 0.0, "weight_learning_rate": 0.0, "end_to_end_rate": 5e-3}
+    record = _calibrate(model, tiny_tokenizer, english, mode, TOGETHER | untrained, search="none")
     history = record.end_to_end
     assert history["stopped"] is None and len(history["validation"]) == 4
-    assert history["validation"][history["kept"] - 1] < 0.97 * history["before"]
+    assert history["validation"][history["kept"] - 1] < 0.95 * history["before"]
     assert record.end_to_end_seconds > 0
 
 

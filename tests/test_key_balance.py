@@ -55,8 +55,8 @@ def test_block_stays_the_same_function(make_tiny, family, rotation):
     assert len(found["key_balance"]) == sites.attention.kv_heads and max(found["key_balance"]) > 0
     after = sites.layer
     assert not torch.equal(before.self_attn.prefix_k, after.self_attn.prefix_k)
-    hidden = sites.body.hidden[:2]
-    expected, actual = (sites.body.run(layer, hidden) for layer in (before, after))
+    two = sites.body.sequences(slice(2))
+    expected, actual = (sites.body.run(layer, two) for layer in (before, after))
     assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
@@ -82,7 +82,7 @@ def _attention(sites, quantized=False):
     kv.path = Path.REFERENCE if quantized else Path.FLOAT
     seen = []
     sites.attention.o_in.observer = seen.append
-    sites.body.run(sites.layer, sites.body.hidden[:4])
+    sites.body.run(sites.layer, sites.body.sequences(slice(4)))
     sites.attention.o_in.observer, kv.path = None, Path.FLOAT
     return seen[0]
 
