@@ -71,8 +71,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--calibration-length", type=positive, default=2048, help="tokens of a calibration sequence")
     group = parser.add_argument_group("fine-tuning", "Rows with it use these sequences for the whole calibration.")
     add, default = group.add_argument, FinetuneConfig()
-    add("--finetune-sequences", type=positive, default=128, help="calibration sequences")
-    add("--finetune-length", type=positive, default=1024, help="tokens of a sequence")
+    add("--finetune-sequences", type=positive, default=64, help="calibration sequences")
+    add("--finetune-length", type=positive, default=2048, help="tokens of a sequence")
     add(
         "--validation-sequences",
         type=positive,

@@ -86,7 +86,9 @@ class CalibrationRun:
         finetune = None
         if step == "finetune":
             finetune = pq_ao.FinetuneConfig(
-                epochs=options.measured_epochs, validation_sequences=options.validation_sequences
+                epochs=options.measured_epochs,
+                batch_size=options.batch_size,
+                validation_sequences=options.validation_sequences,
             )
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -146,6 +148,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--finetune-sequences", type=positive, default=512, help="sequences to fine-tune on")
     add("--finetune-length", type=positive, default=1024, help="tokens of each")
     add("--validation-sequences", type=positive, default=64, help="further ones, which choose the state that is kept")
+    add("--batch-size", type=positive, default=4, help="sequences a step")
     add("--epochs", type=positive, default=20, help="epochs that are meant")
     add("--measured-epochs", type=positive, default=1, help="epochs that are run")
     add("--storage", default="device", choices=("device", "host", "disk"), help="where hidden states lie")

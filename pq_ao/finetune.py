@@ -28,6 +28,8 @@ class FinetuneWarning(UserWarning):
 class FinetuneConfig:
     """How blocks are fine-tuned, an argument of `calibrate`.
 
+    The defaults suit some 64 sequences of 2,048 tokens, where far higher rates than the paper's were best.
+
     Args:
         epochs: passes over the calibration sequences.
         batch_size: sequences a step.
@@ -42,11 +44,11 @@ class FinetuneConfig:
         ValueError: a number that is out of range.
     """
 
-    epochs: int = 20
-    batch_size: int = 4
+    epochs: int = 10
+    batch_size: int = 2
     learning_rate: float = 3e-3
     weight_learning_rate: float = 3e-2
-    validation_sequences: int = 16
+    validation_sequences: int = 8
     end_to_end_epochs: int = 0
     end_to_end_rate: float = 1e-3
     compile: bool | None = None

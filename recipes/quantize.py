@@ -2,8 +2,8 @@
 
     python -m recipes.quantize --num-sequences 8 --sequence-length 256          # SmolLM2-135M on a CPU: minutes
     python -m recipes.quantize --model meta-llama/Meta-Llama-3-8B --data pile --output out/llama-3-8b
-    python -m recipes.quantize --model FOLDER --finetune --rounding gptq --data pile --num-sequences 512 \
---sequence-length 1024 --storage host --resume out/blocks
+    python -m recipes.quantize --model FOLDER --finetune --rounding gptq --data pile --num-sequences 64 \
+--sequence-length 2048 --storage host --resume out/blocks
 
 Every option of `pq_ao.prefixquant_config`, `pq_ao.calibrate` and `pq_ao.FinetuneConfig` is a flag. What is wrong with
 them shows before the work begins. A checkpoint in the output folder is replaced at once or not at all.
