@@ -8,6 +8,7 @@ from pq_ao.ops import silu_hadamard
 
 pytest.importorskip("triton", reason="kernels need triton")
 
+from pq_ao.ops.kernels.silu_accumulators import AccumulatorsTiling, choose_accumulators_tiling
 from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling, launch
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling
 
@@ -45,7 +46,8 @@ def check_floats(
 
 
 def check_codes(
-    gate_up: torch.Tensor, dynamic: bool, bits: int, encoding: torch.dtype, tiling: Tiling | RowsTiling | None = None,
+    gate_up: torch.Tensor, dynamic: bool, bits: int, encoding: torch.dtype,
+    tiling: Tiling | RowsTiling | AccumulatorsTiling | None = None,
     raw: tuple = (None, None, None), shifted: bool = True,
 ) -> None:  # fmt: skip
     width = gate_up.shape[1] // 2
@@ -119,10 +121,10 @@ def test_the_chosen_tiling_covers_the_row(width, rows):
 
 ROWS = {  # width: (base order, tiling)
     14336: RowsTiling(1, 8),
-    12 * 256: RowsTiling(1, 4, split=4, early=0),
+    12 * 256: RowsTiling(1, 4, split=2, early=0),
     24 * 128: RowsTiling(2, 2, early=5),
-    4 * 1024: RowsTiling(4, 16),
-    512: RowsTiling(4, 2, split=4, early=1),
+    4 * 1024: RowsTiling(4, 16, split=2),
+    512: RowsTiling(4, 2, early=1),
 }
 
 
@@ -142,19 +144,62 @@ def test_widths_of_many_rows():
     """Those of models with a small base; others are left to the form for few rows."""
     for width, order in ((14336, 28), (12288, 12), (8192, 1), (28672, 28), (5120, 20), (25600 // 5 * 4, 20)):
         assert choose_rows_tiling(width, order) is not None
+        tiling = choose_accumulators_tiling(width, order)
+        assert width % (order * tiling.fold * 32 * tiling.warps) == 0 and order * tiling.fold <= 32
+        assert isinstance(choose_tiling(width, order, 8192, dynamic=False, raw=True), AccumulatorsTiling)
     for width, order in ((11008, 172), (18944, 148), (192, 12), (53248, 52)):
-        assert choose_rows_tiling(width, order) is None
+        assert choose_rows_tiling(width, order) is None and choose_accumulators_tiling(width, order) is None
+
+
+def check_accumulators(width, tiling, in_dtype, bias=True, encoding=torch.int8, shifted=True, rows=3):
+    in_bias = torch.linspace(-1, 1, 2 * width) if bias else None
+    raw = (torch.linspace(5e-4, 2e-3, 2 * width), in_bias, in_dtype)
+    for dynamic in (False, True):
+        gate_up = 1000 * make_input(rows, width, torch.float32)
+        check_codes(gate_up, dynamic, 4, encoding, tiling, raw, shifted)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tiling", [None, RowsTiling(1, 4, split=4, early=0), RowsTiling(1, 4, early=2)])
+@pytest.mark.parametrize("tiling", [None, AccumulatorsTiling(2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_raw_accumulators(dtype, tiling, bias):
-    width = 12 * 256
-    in_bias = torch.linspace(-1, 1, 2 * width) if bias else None
-    raw = (torch.linspace(5e-4, 2e-3, 2 * width), in_bias, dtype)
-    for dynamic in (False, True):
-        check_codes(1000 * make_input(2, width, torch.float32), dynamic, 4, torch.int8, tiling, raw)
+    check_accumulators(12 * 256, tiling, dtype, bias)
+
+
+ACCUMULATORS = {  # width: tiling
+    14336: AccumulatorsTiling(1, 16),
+    20 * 256: AccumulatorsTiling(1, 8),
+    12 * 256: AccumulatorsTiling(1, 4),  # two groups of l1
+    512: AccumulatorsTiling(4, 4),
+}
+
+
+@pytest.mark.parametrize(("width", "tiling"), ACCUMULATORS.items())
+def test_many_rows_of_accumulators(width, tiling):
+    check_accumulators(width, tiling, torch.float16)
+    check_accumulators(width, tiling, torch.float32, encoding=torch.float8_e4m3fn, shifted=False)
+
+
+def test_many_rows_of_accumulators_with_a_base_that_is_not_flat():
+    width = 18 * 128
+    gate_up, scale = 1000 * make_input(2, width, torch.float32), torch.full((2 * width,), 1e-3)
+    base, raw = hadamard_base(18), (scale, None, torch.float32)
+    found, _ = run(gate_up, base, torch.ones(1), None, None, 4, torch.float32, AccumulatorsTiling(1, 4), *raw)
+    gate, up = (gate_up * scale).double().chunk(2, dim=-1)
+    expected = hadamard_transform(torch.nn.functional.silu(gate) * up, base.double())
+    assert 10 * torch.log10(expected.square().sum() / (found - expected).square().sum()) > ROTATED_SQNR
+
+
+def test_what_fills_up_the_base_does_not_widen_dynamic_scales():
+    """The shift stands once more in place of rows beyond K, where nothing makes up for it."""
+    width = 20 * 256
+    gate_up, base, clip = make_input(1, width, torch.float32), hadamard_base(width), torch.tensor([0.5])
+    gate, up = gate_up.chunk(2, dim=-1)
+    shift = 0.9 * hadamard_transform(torch.nn.functional.silu(gate) * up, base)[0]
+    raw = (torch.ones(2 * width), None, torch.float32)
+    _, row_scale = run(gate_up, base, None, clip, shift, 4, torch.int8, AccumulatorsTiling(1, 8), *raw)
+    _, expected = silu_hadamard(gate_up, base, None, clip, shift, 4, torch.int8, *raw)
+    torch.testing.assert_close(row_scale, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -206,3 +251,4 @@ def test_models_widths(width, rows):
     for dynamic in (False, True):
         check_codes(gate_up, dynamic, 4, torch.int8)
     check_codes(gate_up, False, 4, torch.float8_e4m3fn)
+    check_accumulators(width, None, torch.bfloat16, rows=rows)

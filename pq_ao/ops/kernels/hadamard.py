@@ -120,15 +120,20 @@ def _join_halves(h, STEP: tl.constexpr):
 
 
 @triton.jit
-def join_rows(h, FIRST: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """COUNT tensors [A, B] of a tuple to one [A * COUNT, B]."""
+def join(h, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tensors [A, B] of a tuple to one [A, B, COUNT]."""
     joined = ()
     for i in tl.static_range(COUNT):
         joined = joined + (h[FIRST + i],)
     for stage in tl.static_range(_log2(COUNT)):
         joined = _join_halves(joined, COUNT >> (stage + 1))
-    joined = tl.reshape(joined[0], (A, B, COUNT))
-    return tl.reshape(tl.permute(joined, (0, 2, 1)), (A * COUNT, B))
+    return tl.reshape(joined[0], (h[0].shape[0], h[0].shape[1], COUNT))
+
+
+@triton.jit
+def join_rows(h, FIRST: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """COUNT tensors [A, B] of a tuple to one [A * COUNT, B]."""
+    return tl.reshape(tl.permute(join(h, FIRST, COUNT), (0, 2, 1)), (A * COUNT, B))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Kernel of pq_ao::silu_hadamard: SwiGLU, the rotation R4 and quantization of a row without leaving the chip.
 
-For few rows, and for those widths that `silu_rows` does not take.
+For few rows, and for those widths that `silu_rows` and `silu_accumulators` do not take.
 
 A row of F = K * L elements, L a power of two, is h[k, l1, l2]. The axis l1 (T values) is done by butterflies between
 tensors that a thread holds whole, l2 by a product with a Walsh matrix, k by one with the base. With SPLIT programs a
@@ -25,6 +25,11 @@ from pq_ao.ops.kernels.hadamard import (
     matrix_times,
     times_matrix,
     walsh_sign,
+)
+from pq_ao.ops.kernels.silu_accumulators import (
+    AccumulatorsTiling,
+    choose_accumulators_tiling,
+    launch_accumulators,
 )
 from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling, launch_rows
@@ -232,10 +237,15 @@ class Tiling:
         return options
 
 
-def choose_tiling(features: int, base_order: int, rows: int, dynamic: bool, raw: bool = False) -> Tiling | RowsTiling:
+def choose_tiling(
+    features: int, base_order: int, rows: int, dynamic: bool, raw: bool = False
+) -> Tiling | RowsTiling | AccumulatorsTiling:
     """The tiling for `rows` rows of F = features, of accumulators if raw, rotated with a base of this order."""
     if rows > _WHOLE_ROWS:
-        tiling = choose_rows_tiling(features, base_order, dynamic, raw)
+        if raw:
+            tiling = choose_accumulators_tiling(features, base_order)
+        else:
+            tiling = choose_rows_tiling(features, base_order, dynamic)
         if tiling is not None:
             return tiling
     length = features // base_order
@@ -274,7 +284,7 @@ def launch(
     bits: int,
     codes: Tensor,
     row_scale: Tensor,
-    tiling: Tiling | RowsTiling | None = None,
+    tiling: Tiling | RowsTiling | AccumulatorsTiling | None = None,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
     in_dtype: torch.dtype | None = None,
@@ -304,8 +314,14 @@ def launch(
     tiling = tiling or choose_tiling(features, order, rows, dynamic, raw=in_scale is not None)
     tensors = (gate_up, in_scale, in_bias, base, scale, clip, shift, codes, row_scale)
     constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
+    if isinstance(tiling, AccumulatorsTiling):
+        assert in_scale is not None
+        launch_accumulators(tensors, tiling, constants)
+        return
     if isinstance(tiling, RowsTiling):
-        launch_rows(tensors, tiling, constants)
+        assert in_scale is None
+        del constants["IN_DTYPE"]
+        launch_rows((gate_up, *tensors[3:]), tiling, constants)
         return
     programs = rows * tiling.split * triton.cdiv(order * tiling.fold, tiling.block_out)
     early = tiling.early and launches_early(gate_up.device)

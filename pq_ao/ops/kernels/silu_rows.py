@@ -1,4 +1,6 @@
-"""silu_hadamard for many rows: a program does a row, which goes through shared memory once.
+"""silu_hadamard for many rows of a linear's output: a program does a row, which goes through shared memory once.
+
+`silu_accumulators` is for raw accumulators, which this form, short of registers then, takes 1.4 times as long for.
 
 A row of F = K * 64 * W elements is h[k, w, n, j], n and j of 8 places each; a program has W warps. A warp loads the n
 and j of its w, and all k, as the right operand of the base: a thread eight j at a time, for every fourth k. Of the six
@@ -23,31 +25,31 @@ from pq_ao.ops.kernels.hadamard import (
     stack,
     unstack,
 )
-from pq_ao.ops.kernels.silu_parts import prefetch, saturated_codes, scaled, sigmoid_over
+from pq_ao.ops.kernels.silu_parts import prefetch, saturated_codes, sigmoid_over
 from pq_ao.ops.kernels.workspace import multiprocessors
 
 _ROWS = tl.constexpr(16)  # of the base, that are exchanged together
 
 
 @triton.jit
-def _load(ptr, mask, CACHE: tl.constexpr):
+def _load(ptr, mask):
     if mask is None:
-        x = tl.load(ptr, cache_modifier=CACHE)
+        x = tl.load(ptr, cache_modifier=".cg")
     else:
-        x = tl.load(ptr, mask=mask, other=0, cache_modifier=CACHE)
+        x = tl.load(ptr, mask=mask, other=0, cache_modifier=".cg")
     return x
 
 
 @triton.jit
-def _load_eights(ptr, place, mask, CACHE: tl.constexpr):
+def _load_eights(ptr, place, mask):
     """The eight j at `place` [4, 8, W, 1], 16 bytes a load; bf16 as four words of two."""
     if ptr.dtype.element_ty == tl.bfloat16:
         words = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        x = _load(words + (place // 2 + tl.arange(0, 4)), mask, CACHE)
+        x = _load(words + (place // 2 + tl.arange(0, 4)), mask)
     else:
         PART: tl.constexpr = 4 if ptr.dtype.element_ty.primitive_bitwidth == 32 else 8
         part = tl.arange(0, 8 // PART)[None, None, None, :, None] * (8 * PART) + tl.arange(0, PART)
-        x = _load(ptr + (tl.expand_dims(place, 4) + part), None if mask is None else tl.expand_dims(mask, 4), CACHE)
+        x = _load(ptr + (tl.expand_dims(place, 4) + part), None if mask is None else tl.expand_dims(mask, 4))
         x = tl.reshape(x, (4, 8, place.shape[2], 8))
     return x
 
@@ -62,9 +64,7 @@ def _widen(x):
 
 
 @triton.jit
-def _load_tiles(
-    ptr, place, FIRST: tl.constexpr, LAST: tl.constexpr, F: tl.constexpr, K: tl.constexpr, CACHE: tl.constexpr
-):
+def _load_tiles(ptr, place, FIRST: tl.constexpr, LAST: tl.constexpr, F: tl.constexpr, K: tl.constexpr):
     """Of tiles FIRST to LAST - 1, four k each, gate and up in turn."""
     tiles = ()
     for tile in tl.static_range(FIRST, LAST):
@@ -72,22 +72,8 @@ def _load_tiles(
         mask = None
         if tile * 4 + 4 > K:
             mask = tl.arange(0, 4)[:, None, None, None] + tile * 4 < K
-        tiles = tiles + (_load_eights(ptr, columns, mask, CACHE), _load_eights(ptr + F, columns, mask, CACHE))
+        tiles = tiles + (_load_eights(ptr, columns, mask), _load_eights(ptr + F, columns, mask))
     return tiles
-
-
-@triton.jit
-def _scaled_tile(
-    gate, up, in_scale_ptr, in_bias_ptr, place, TILE: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
-):  # fmt: skip
-    scale = _load_tiles(in_scale_ptr, place, TILE, TILE + 1, F, K, "")
-    if in_bias_ptr is not None:
-        bias = _load_tiles(in_bias_ptr, place, TILE, TILE + 1, F, K, "")
-        gate, up = scaled(gate, scale[0], bias[0], IN_DTYPE), scaled(up, scale[1], bias[1], IN_DTYPE)
-    else:
-        gate, up = scaled(gate, scale[0], None, IN_DTYPE), scaled(up, scale[1], None, IN_DTYPE)
-    return gate, up
 
 
 @triton.jit
@@ -146,8 +132,6 @@ def _store(
 @triton.jit(do_not_specialize=["rows"])
 def silu_rows_kernel(
     gate_up_ptr,  # [M, 2F]
-    in_scale_ptr,  # float32 [2F] or None
-    in_bias_ptr,
     base_ptr,  # float32 [BASE, BASE]
     scale_ptr,  # float32 (1,) unless DYNAMIC
     clip_ptr,  # float32 (1,) if DYNAMIC
@@ -162,7 +146,6 @@ def silu_rows_kernel(
     SPLIT: tl.constexpr,  # 2 or 4 parts of the eight j, that butterflies do
     EARLY: tl.constexpr,  # tiles of the next row that are loaded amid a row
     FLAT: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
     DYNAMIC: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -196,7 +179,7 @@ def silu_rows_kernel(
         scale = tl.load(scale_ptr)
     begin = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
-    early = _load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K, ".cg")
+    early = _load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K)
     for row in tl.range(begin, rows, step, num_stages=1):
         gate_ptr = gate_up_ptr + row * (2 * F)
         next_ptr = gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F)
@@ -205,10 +188,8 @@ def silu_rows_kernel(
             if tile < EARLY:
                 gate, up = _widen(early[2 * tile]), _widen(early[2 * tile + 1])
             else:
-                loaded = _load_tiles(gate_ptr, place_in, tile, tile + 1, F, K, ".cg")
+                loaded = _load_tiles(gate_ptr, place_in, tile, tile + 1, F, K)
                 gate, up = _widen(loaded[0]), _widen(loaded[1])
-            if in_scale_ptr is not None:
-                gate, up = _scaled_tile(gate, up, in_scale_ptr, in_bias_ptr, place_in, tile, F, K, IN_DTYPE)
             x = gate * sigmoid_over(gate, ROOT) * up
             x = tl.permute(tl.reshape(x, (4, 8, W, SPLIT, J)), (0, 1, 2, 4, 3))
             h = h + (butterflies(unstack(x, SPLIT), 0, SPLIT, 1),)
@@ -247,7 +228,7 @@ def silu_rows_kernel(
             y = tl.permute(tl.reshape(y, (4, 16 // NEAR, NEAR, W, NEAR // 2, W)), (0, 4, 1, 3, 2, 5))
             y = butterflies(unstack(tl.reshape(y, (4, 8, W, NEAR, W)), W), 0, W, 1)
             if half == 0:
-                early = _load_tiles(next_ptr, place_in, 0, EARLY, F, K, ".cg")
+                early = _load_tiles(next_ptr, place_in, 0, EARLY, F, K)
             if half * _ROWS < K:
                 if shift_ptr is not None:  # all of it before the first store, which loads do not pass
                     y = _less_shift(y, shift_ptr, place_out, row_out, half * _ROWS, K, LENGTH, W)
@@ -275,7 +256,7 @@ class RowsTiling:
 
     fold: int
     warps: int
-    split: int = 2
+    split: int = 4
     early: int = 4
     registers: int | None = 128  # at most so many a thread
     programs: int = 2  # a multiprocessor, which do all rows
@@ -291,16 +272,16 @@ class RowsTiling:
 _LARGEST_K = 32  # beyond, the product with the base would be most of the work
 
 
-def choose_rows_tiling(features: int, base_order: int, dynamic: bool = False, raw: bool = False) -> RowsTiling | None:
-    """The tiling for many rows of F = features, accumulators if raw; None for widths that the kernel does not take."""
+def choose_rows_tiling(features: int, base_order: int, dynamic: bool = False) -> RowsTiling | None:
+    """The tiling for many rows of F = features; None for widths that the kernel does not take."""
     fold = 1
     while base_order * fold * 2 <= _LARGEST_K and base_order * fold * 2 <= features:
         fold *= 2
     warps = features // (base_order * fold) // 64
     if base_order * fold > _LARGEST_K or not 4 <= warps <= 16:
         return None
-    # what is held besides leaves fewer registers for the Walsh matrix and for the next row
-    return RowsTiling(fold, warps, split=4 if dynamic or raw else 2, early=0 if dynamic or raw else 4)
+    # a whole row that waits for its scale leaves no registers for the next one
+    return RowsTiling(fold, warps, early=0 if dynamic else 4)
 
 
 def launch_rows(tensors: tuple[Tensor | None, ...], tiling: RowsTiling, constants: dict[str, object]) -> None:

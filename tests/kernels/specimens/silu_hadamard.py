@@ -2,6 +2,7 @@
 
 import triton.language as tl
 
+from pq_ao.ops.kernels.silu_accumulators import AccumulatorsTiling, silu_accumulators_kernel
 from pq_ao.ops.kernels.silu_hadamard import choose_tiling, silu_hadamard_kernel, silu_quantize_kernel
 from pq_ao.ops.kernels.silu_rows import RowsTiling, silu_rows_kernel
 from tests.kernels.specimens import Specimen
@@ -21,16 +22,18 @@ def _specimen(
     types = _TYPES | {used: "*fp32", "codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
     constants = {
         "F": features, "BASE": order, "FOLD": tiling.fold, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
-        "HIGH": 7, "IN_DTYPE": tl.bfloat16, unused: None,
+        "HIGH": 7, unused: None,
     }  # fmt: skip
     if raw:
         types |= {"gate_up_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
-    else:
+        constants["IN_DTYPE"] = tl.bfloat16
+    elif not isinstance(tiling, RowsTiling):
         constants |= _NO_ACCUMULATORS
     aligned = tuple(types)
-    if isinstance(tiling, RowsTiling):
-        kernel, options = silu_rows_kernel, tiling.options()
-        constants |= {name: options.pop(name) for name in ("FOLD", "W", "SPLIT", "EARLY")}
+    if isinstance(tiling, RowsTiling | AccumulatorsTiling):
+        kernel = silu_rows_kernel if isinstance(tiling, RowsTiling) else silu_accumulators_kernel
+        options = tiling.options()
+        constants |= {name: options.pop(name) for name in tuple(options) if name.isupper()}
         types["rows"] = "i32"
     else:
         constants |= {
@@ -63,6 +66,9 @@ SPECIMENS = [
     _specimen("14336 prefill", 14336, 28, 8192),
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators", 14336, 28, 8192, raw=True),
+    _specimen("14336 prefill, accumulators, dynamic", 14336, 28, 8192, dynamic=True, raw=True),
+    _specimen("28672 prefill, accumulators", 28672, 28, 8192, raw=True),
+    _specimen("8192 prefill, accumulators", 8192, 1, 8192, raw=True),
     _specimen("14336 prefill, dynamic", 14336, 28, 8192, dynamic=True),
     _specimen("14336 decode, dynamic", 14336, 28, 1, dynamic=True),
     _specimen("8192 prefill", 8192, 1, 8192),
