@@ -15,6 +15,7 @@ _HOME = {
     "PrefixQuantConfig": "pq_ao.quantize",
     "prefixquant_config": "pq_ao.quantize",
     "calibrate": "pq_ao.calibration",
+    "ContextWarning": "pq_ao.context",
     "FinetuneConfig": "pq_ao.finetune",
     "FinetuneWarning": "pq_ao.finetune",
     "PrefixStaticCache": "pq_ao.cache",

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pq_ao.cache_layer import PrefixStaticLayer
+from pq_ao.context import warn_beyond_context
 from pq_ao.modules import attention_modules
 from pq_ao.ops.kernels.workspace import counters
 from pq_ao.quantizers import Path
@@ -25,6 +26,9 @@ class PrefixStaticCache(Cache):
     Raises:
         ValueError: the model is not calibrated, or a size is not a positive integer.
 
+    Warns:
+        ContextWarning: more tokens than static keys were calibrated for.
+
     Example::
 
         cache = pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=4096)
@@ -37,6 +41,7 @@ class PrefixStaticCache(Cache):
                 raise ValueError(f"{name}={size!r}: must be an integer of at least 1.")
         layers = []
         attentions = attention_modules(model)
+        warn_beyond_context(model, "max_cache_len", max_cache_len)
         length = torch.zeros((), dtype=torch.int64, device=attentions[0].prefix_k.device)
         for attention in attentions:
             kv = attention.kv

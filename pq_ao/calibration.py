@@ -34,6 +34,9 @@ from pq_ao.streams import STORAGES, Storage, Stream
 
 SEARCHES = ("none", "tensor", "block")
 
+# where the context is not given: a position under fewer windows would be hit or miss
+_WINDOWS_OVER_A_POSITION = 4
+
 
 @dataclass
 class CalibrationRecord:
@@ -114,7 +117,8 @@ def calibrate(
         num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
             distances that they are seen at.
         context: positions that the windows are spread over, for static keys fit the positions that they were
-            calibrated at; None for all that the model has (`max_position_embeddings`).
+            calibrated at; None for as many as windows cover four times over, at most the model's
+            `max_position_embeddings`: 8,192 by default.
         balance: scale the inner channels of each block against each other first (`pq_ao.balance`); free at run time.
         rounding: "nearest", or "gptq": error-compensating, more accurate and slower.
         search: objective for static scales and clip factors of activations: "tensor" (the activation's own squared
@@ -141,7 +145,7 @@ def calibrate(
     """
     started = time.perf_counter()
     config = config or prefixquant_config()
-    context = _context(model, context, sequence_length)
+    context = _context(model, context, num_sequences, sequence_length)
     _check_arguments(model, config, rounding, search, finetune, prefix_ids, storage)
     check_weights(model)
     held_out = 0 if finetune is None else finetune.validation_sequences
@@ -275,10 +279,10 @@ def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -
     }
 
 
-def _context(model: PreTrainedModel, context: int | None, sequence_length: int) -> int:
+def _context(model: PreTrainedModel, context: int | None, num_sequences: int, sequence_length: int) -> int:
     if context is None:
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sequence_length
-        return max(known, sequence_length)
+        return max(sequence_length, min(known, num_sequences * sequence_length // _WINDOWS_OVER_A_POSITION))
     if type(context) is not int or context < sequence_length:
         raise ValueError(
             f"context={context!r}: a whole number of at least sequence_length={sequence_length} is needed."

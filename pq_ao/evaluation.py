@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import TextSource, check_count, count_windows, load_text, token_ids
+from pq_ao.context import warn_beyond_context
+from pq_ao.data import TextSource, check_count, count_windows, load_text, token_ids
 
 __all__ = ["PerplexityResult", "perplexity"]
 
@@ -80,6 +81,7 @@ def perplexity(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and sequence_length > context:
         raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {context} tokens; lower it")
+    warn_beyond_context(model, "sequence_length", sequence_length)
 
     ids = _flat_ids(corpus) if isinstance(corpus, Tensor) else token_ids(tokenizer, load_text(corpus, split))
     available = count_windows(ids, sequence_length)

@@ -105,9 +105,12 @@ def test_context_that_is_no_context(make_tiny, tiny_tokenizer, english):
             )  # fmt: skip
 
 
-def test_the_model_s_own_context_is_the_default(make_tiny, tiny_tokenizer, english):
-    model = make_tiny("llama", max_position_embeddings=777)
+@pytest.mark.parametrize(("positions", "context"), [(4096, 128), (100, 100), (16, 32)])
+def test_default_context_is_covered_four_times_and_no_longer_than_the_model_s(
+    make_tiny, tiny_tokenizer, english, positions, context
+):
+    model = make_tiny("llama", max_position_embeddings=positions)
     record = pq_ao.calibrate(
-        model, tiny_tokenizer, data=english, num_sequences=2, sequence_length=32, prefix_ids=(5, 0), progress=False
+        model, tiny_tokenizer, data=english, num_sequences=16, sequence_length=32, prefix_ids=(5, 0), progress=False
     )
-    assert record.context == 777
+    assert record.context == context
