@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "The history of the city began when the first settlers arrived at the river and built a small wooden bridge."
 SHORT_PROMPT = "Yes."
-GATE = 2.05  # seeds 0, 1 and 2 gave 1.892, 1.942 and 1.881: their mean and five standard deviations
+GATE = 2.0  # seeds 0, 1 and 2 gave 1.798, 1.931 and 1.821
 # every token of its greedy continuation wins by 0.2 and more: a near tie would go by the last bits of a run
 CLEAR_PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
 
