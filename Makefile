@@ -18,7 +18,7 @@ quickstart: $(STAMP)  ## quantize a small model and generate with it
 	@$(PY) -m recipes.quickstart $(ARGS)
 
 test: lint  ## lint, check the format, run the tests, one process a core (ARGS go to pytest)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff: lint and format check
 	@$(PY) -m ruff check .

