@@ -329,9 +329,9 @@ class TestArguments:
 
 
 class TestProcesses:
-    def test_same_rows_as_one_process(self, files, tmp_path, whole):
-        arguments = options(files, tmp_path, *THREE_ROWS, "--processes", "2")
-        assert accuracy.main(arguments) == 0
+    def test_same_rows_as_one_process_and_not_measured_again(self, files, tmp_path, whole):
+        more = (*THREE_ROWS, "--processes", "2", "--resume", str(tmp_path / "journals"))
+        assert accuracy.main(options(files, tmp_path, *more)) == 0
         found = {row["calibration_sequences"]: row for row in rows_in(tmp_path)}
         assert len(found) == len(whole) == 3
         for row in whole:
@@ -339,11 +339,6 @@ class TestProcesses:
             assert other["ppl"] == pytest.approx(row["ppl"], rel=1e-3)
             if row["calibration_sequences"]:
                 assert (row["calibrations_at_once"], other["calibrations_at_once"]) == (1, 2)
-
-    def test_goes_on_in_other_processes(self, files, tmp_path, whole):
-        """What the results hold is not measured again, and a failure in a process is a row like any other."""
-        more = (*THREE_ROWS, "--processes", "2", "--resume", str(tmp_path / "journals"))
-        assert accuracy.main(options(files, tmp_path, *more)) == 0
         (path,) = tmp_path.glob("*.json")
         before = path.read_bytes()
         assert accuracy.main(options(files, tmp_path, *more)) == 0 and path.read_bytes() == before
