@@ -32,7 +32,7 @@ from recipes.smollm2 import smollm2_folder
 
 QUESTION = "What is the capital of France?"
 REPLY_CACHE = 512  # tokens of question and reply
-MEASURED_CACHE = 1024  # tokens of the cache whose bytes are in the table
+MEASURED_CACHE = 512  # tokens of the cache whose bytes are in the table
 PICTURE_TOKENS = 64
 
 FLOAT, FLOAT_PREFIX = "bf16", "bf16 + prefix (rotated)"
