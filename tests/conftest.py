@@ -28,8 +28,10 @@ from transformers import (
     Qwen3Config,
 )
 
+import pq_ao
 from pq_ao.data import BLANK_LINE, load_text
 from recipes.smollm2 import smollm2_folder
+from tests.checkpoints import tiny
 
 VOCAB_SIZE = 300
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -154,6 +156,14 @@ def make_tiny(tiny_tokenizer) -> Callable[..., PreTrainedModel]:
         return model.to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_tokenizer, tmp_path_factory) -> Path:
+    """Folder of a tiny quantized model with random codes, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    pq_ao.save(tiny("llama", vocab_size=len(tiny_tokenizer)), folder, tokenizer=tiny_tokenizer)
+    return folder
 
 
 @pytest.fixture(scope="session")

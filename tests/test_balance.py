@@ -8,11 +8,7 @@ import torch
 import pq_ao
 from pq_ao import prefixquant_config
 from pq_ao.balance import balance_block
-from pq_ao.block_calibration import store_prefix
-from pq_ao.block_sites import BlockSites
-from pq_ao.families import family_of
-from pq_ao.rotation import begin_rotation
-from pq_ao.streams import Stream
+from tests.blocks import first_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.randint(3, 300, (8, 48), generator=torch.Generator().manual_seed(0))
@@ -32,25 +28,12 @@ def _with_outlier_channels(model):
     return model
 
 
-@torch.no_grad()
-def _first_block(model, config):
-    """The first block, rotated, with its prefix, in float32, and its sites and rotation."""
-    family = family_of(model)
-    rotator = begin_rotation(model, config, seed=0, block_dtype=torch.float32)
-    body = Stream(model, family, IDS)
-    head = Stream(model, family, torch.tensor([[5, 0]]), first_position=-2)
-    layer = model.get_submodule(family.layers)[0]
-    rotator.replace(layer, 0)
-    store_prefix(layer, family, head)
-    return BlockSites(layer, family, body), rotator.rotation
-
-
 @pytest.mark.parametrize("rotation", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_block_stays_the_same_function_of_text_behind_the_same_prefix(make_tiny, family, rotation):
     model = _with_outlier_channels(make_tiny(family))
-    sites, found_rotation = _first_block(model, prefixquant_config(rotation=rotation))
+    sites, found_rotation = first_block(model, prefixquant_config(rotation=rotation), IDS)
     before = copy.deepcopy(sites.layer)
     found = balance_block(sites, found_rotation)
     assert found["down_in_balance"] and found["o_in_balance"]
@@ -70,7 +53,7 @@ def test_outlier_channels_are_taken_back(make_tiny):
     """Behind it, what is quantized is spread as if those channels had never been made."""
     kurtosis = {}
     for name, prepare in (("plain", lambda model: model), ("outliers", _with_outlier_channels)):
-        sites, rotation = _first_block(prepare(make_tiny("llama")), prefixquant_config())
+        sites, rotation = first_block(prepare(make_tiny("llama")), prefixquant_config(), IDS)
         if name == "outliers":
             kurtosis["unbalanced"] = _spread(sites)
         balance_block(sites, rotation)
@@ -111,6 +94,6 @@ def test_dead_channels_and_dead_weights_stay_finite(make_tiny):
         layer.mlp.up_proj.weight[4] = 0
         layer.mlp.down_proj.weight[:, 9] = 0
         layer.self_attn.v_proj.weight[:24] = 0  # a whole KV head
-    sites, rotation = _first_block(model, prefixquant_config())
+    sites, rotation = first_block(model, prefixquant_config(), IDS)
     balance_block(sites, rotation)
     assert all(torch.isfinite(tensor).all() for tensor in sites.layer.state_dict().values() if tensor is not None)

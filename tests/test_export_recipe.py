@@ -11,19 +11,10 @@ from tokenizers import Tokenizer
 
 import pq_ao
 from recipes import export, run_exported
-from tests.checkpoints import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "To be, or not"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_tokenizer, tmp_path_factory):
-    """A saved model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    pq_ao.save(tiny("llama", vocab_size=len(tiny_tokenizer)), folder, tokenizer=tiny_tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")

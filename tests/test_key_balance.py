@@ -6,13 +6,9 @@ import pytest
 import torch
 
 from pq_ao import prefixquant_config
-from pq_ao.block_calibration import store_prefix
-from pq_ao.block_sites import BlockSites
-from pq_ao.families import family_of
 from pq_ao.key_balance import balance_keys
-from pq_ao.rotation import begin_rotation
 from pq_ao.scale_search import search_keys
-from pq_ao.streams import Stream
+from tests.blocks import first_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.randint(3, 300, (8, 48), generator=torch.Generator().manual_seed(0))
@@ -33,23 +29,11 @@ def _with_large_pairs(model):
     return model
 
 
-@torch.no_grad()
-def _first_block(model, config):
-    family = family_of(model)
-    rotator = begin_rotation(model, config, seed=0, block_dtype=torch.float32)
-    body = Stream(model, family, IDS)
-    head = Stream(model, family, torch.tensor([[5, 0]]), first_position=-2)
-    layer = model.get_submodule(family.layers)[0]
-    rotator.replace(layer, 0)
-    store_prefix(layer, family, head)
-    return BlockSites(layer, family, body)
-
-
 @pytest.mark.parametrize("rotation", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @torch.no_grad()
 def test_block_stays_the_same_function(make_tiny, family, rotation):
-    sites = _first_block(_with_large_pairs(make_tiny(family)), prefixquant_config(rotation=rotation))
+    sites = first_block(_with_large_pairs(make_tiny(family)), prefixquant_config(rotation=rotation), IDS)[0]
     before = copy.deepcopy(sites.layer)
     found = balance_keys(sites)
     assert len(found["key_balance"]) == sites.attention.kv_heads and max(found["key_balance"]) > 0
@@ -66,7 +50,7 @@ def test_attention_loses_less(make_tiny, mode):
     """By the objective of the key search, which knows nothing of the balance's own."""
     errors = {}
     for balanced in (False, True):
-        sites = _first_block(_with_large_pairs(make_tiny("llama")), prefixquant_config(mode=mode))
+        sites = first_block(_with_large_pairs(make_tiny("llama")), prefixquant_config(mode=mode), IDS)[0]
         if balanced:
             balance_keys(sites)
         exact = _attention(sites)
@@ -90,7 +74,7 @@ def _attention(sites, quantized=False):
 @torch.no_grad()
 def test_left_out_for_normalised_heads_and_keys_of_16_bits(make_tiny):
     for family, scheme in (("qwen3", "w4a4kv4"), ("llama", "w4a4kv16")):
-        sites = _first_block(make_tiny(family), prefixquant_config(scheme))
+        sites = first_block(make_tiny(family), prefixquant_config(scheme), IDS)[0]
         before = copy.deepcopy(sites.layer.state_dict())
         assert balance_keys(sites) == {}
         after = sites.layer.state_dict()
@@ -103,6 +87,6 @@ def test_dead_heads_stay_finite(make_tiny):
     for layer in model.model.layers:
         layer.self_attn.k_proj.weight[: layer.self_attn.head_dim] = 0
         layer.self_attn.q_proj.weight[-layer.self_attn.head_dim :] = 0
-    sites = _first_block(model, prefixquant_config())
+    sites = first_block(model, prefixquant_config(), IDS)[0]
     balance_keys(sites)
     assert torch.isfinite(sites.attention.qkv_proj.weight).all() and torch.isfinite(sites.attention.prefix_k).all()

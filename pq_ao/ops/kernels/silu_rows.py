@@ -1,6 +1,6 @@
 """silu_hadamard for many rows of a linear's output: a program does a row, which goes through shared memory once.
 
-`silu_accumulators` is for raw accumulators, which this form, short of registers then, takes 1.4 times as long for.
+`silu_accumulators` is for raw accumulators, for which this form, short of registers then, is slower.
 
 A row of F = K * 64 * W elements is h[k, w, n, j], n and j of 8 places each; a program has W warps. A warp loads the n
 and j of its w, and all k, as the right operand of the base: a thread eight j at a time, for every fourth k. Of the six
