@@ -19,6 +19,9 @@ from pq_ao.ops.cache_attention import cache_attention
 from pq_ao.ops.rope_store import rope_store as rope_store_op
 from pq_ao.ops.silu_hadamard import silu_hadamard as silu_hadamard_op
 
+# tokens from which linears may leave their accumulators unscaled, see `pq_ao.ops.linear_paths`
+_MANY = 2048
+
 
 def norm_quantize(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
     """Residual addition, RMSNorm and static quantization, fused by Inductor."""
@@ -57,15 +60,28 @@ def _few(tokens: list[int]) -> list[int]:
     return sorted({min(tokens), *(m for m in tokens if m == 128), max(tokens)})
 
 
+def _inputs(rows: int) -> tuple[tuple[str, bool], ...]:
+    """What stands ahead of an op, and whether that is accumulators: for many tokens they may come unscaled."""
+    return (("static", False), ("static, of accumulators", True)) if rows >= _MANY else (("static", False),)
+
+
+def _epilogue(width: int, raw: bool, device: torch.device) -> tuple:
+    """Scales and biases of accumulators, and the dtype that is meant; nothing unless `raw`."""
+    if not raw:
+        return ()
+    return torch.full((width,), SCALE, device=device), random((width,), torch.float32, device), torch.bfloat16
+
+
 def silu_hadamard(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
     """SiLU, product, rotation R4 and static quantization; bf16 has no rotation and does not quantize."""
 
-    def build(rows: int, device: torch.device) -> Work:
+    def build(rows: int, raw: bool, device: torch.device) -> Work:
         width = sizes.intermediate
         base = hadamard_base(width).to(device)
         inputs = [bf16((rows, 2 * width), device) for _ in range(rotation(4 * rows * width, device))]
         scale, shift = torch.full((1,), SCALE, device=device), random((width,), torch.float32, device)
-        launches = [lambda x=x: silu_hadamard_op(x, base, scale, None, shift, 4, torch.int8) for x in inputs]
+        epilogue = _epilogue(2 * width, raw, device)
+        launches = [lambda x=x: silu_hadamard_op(x, base, scale, None, shift, 4, torch.int8, *epilogue) for x in inputs]
 
         def plain(x: Tensor) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
@@ -80,14 +96,15 @@ def silu_hadamard(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
     for rows in _few(options.tokens):
         nbytes = rows * sizes.intermediate * (2 * 2 + 1)
         shape = {"m": rows, "k": sizes.intermediate}
-        yield Case("silu_hadamard", "static", shape, nbytes, lambda d, m=rows: build(m, d))
+        for path, raw in _inputs(rows):
+            yield Case("silu_hadamard", path, shape, nbytes, lambda d, m=rows, raw=raw: build(m, raw, d))
 
 
 def rope_store(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
     """RoPE, rotation R3, static quantization of keys and values and their place in the cache."""
     heads, kv_heads, head_dim = sizes.heads, sizes.kv_heads, sizes.head_dim
 
-    def build(batch: int, length: int, device: torch.device) -> Work:
+    def build(batch: int, length: int, raw: bool, device: torch.device) -> Work:
         width = (heads + 2 * kv_heads) * head_dim
         inputs = [bf16((batch, length, width), device) for _ in range(rotation(2 * batch * length * width, device))]
         cos, sin = (bf16((1, length, head_dim), device) for _ in range(2))
@@ -97,11 +114,12 @@ def rope_store(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
         scale = torch.full((kv_heads,), SCALE, device=device)
         shift = random((kv_heads, 1, head_dim), torch.float32, device)
         start = torch.zeros((), dtype=torch.int64, device=device)
+        epilogue = _epilogue(width, raw, device)
 
         def ours(qkv: Tensor) -> Tensor:
             return rope_store_op(
                 qkv, cos, sin, base, None, None, 0.0, keys, values, None, None, scale, scale, None, None, shift, shift,
-                start, heads, 4,
+                start, heads, 4, *epilogue,
             )  # fmt: skip
 
         def plain(qkv: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -123,7 +141,8 @@ def rope_store(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
         batch, length = (rows // 2048, 2048) if rows % 2048 == 0 else (rows, 1)
         nbytes = rows * head_dim * (2 * (heads + 2 * kv_heads) + 2 * heads + kv_heads)
         shape = {"m": rows, "k": (heads + 2 * kv_heads) * head_dim}
-        yield Case("rope_store", "static", shape, nbytes, lambda d, b=batch, t=length: build(b, t, d))
+        for path, raw in _inputs(rows):
+            yield Case("rope_store", path, shape, nbytes, lambda d, b=batch, t=length, raw=raw: build(b, t, raw, d))
 
 
 def _attention_shapes(options: argparse.Namespace) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from benchmarks.timing import fill_random_, is_cuda, launch_us, rotation
-from pq_ao.ops import int_accumulate, int_linear, unpack_int4
+from pq_ao.ops import int_accumulate, int_linear, unpack_int4, unscaled_linear
 from pq_ao.ops.int8_head import int8_head
 from pq_ao.ops.linear_paths import LinearPath, capability_of, forced_path, linear_path
 
@@ -21,6 +21,9 @@ Launch = Callable[[], object]
 
 # of scales and shifts drawn here; for speed any will do
 SCALE = 0.1
+
+# linears whose result one op reads, which can apply scales and biases itself, as `CalibratedLinear.unscaled` has it
+_UNSCALED = ("qkv", "gate_up")
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,15 @@ def linear(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
                     path,
                     {"layer": name, "m": rows, "n": outs, "k": inner},
                     outs * inner / 2 + rows * inner + 2 * rows * outs,
-                    lambda device, shape=(rows, outs, inner), path=chosen: _linear_work(*shape, path, device),
+                    lambda device, shape=(rows, outs, inner), path=chosen, unscaled=name in _UNSCALED: _linear_work(
+                        *shape, path, unscaled, device
+                    ),
                     2.0 * rows * outs * inner,
                     note=chosen.value,
                 )
 
 
-def _linear_work(rows: int, outs: int, inner: int, path: LinearPath, device: torch.device) -> Work:
+def _linear_work(rows: int, outs: int, inner: int, path: LinearPath, unscaled: bool, device: torch.device) -> Work:
     codes = random((rows, inner), torch.int8, device)
     if path is LinearPath.E4M3:
         codes = codes.to(torch.float8_e4m3fn)  # as the op ahead of the linear makes them
@@ -164,6 +169,9 @@ def _linear_work(rows: int, outs: int, inner: int, path: LinearPath, device: tor
     bias = random((outs,), torch.float32, device)
 
     def run(weight: Tensor) -> Tensor:
+        accumulators = unscaled_linear(codes, x_scale, weight, w_scale, torch.bfloat16) if unscaled else None
+        if accumulators is not None:
+            return accumulators[0]
         return int_linear(codes, x_scale, weight, w_scale, bias, torch.bfloat16, act_bits=4)
 
     def forced(weight: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class CalibratedLinear(FixedDtype, nn.Linear):
         """What `forward` gives, and (); or, where that saves a pass over memory, what an op needs to make it itself.
 
         Returns:
-            [..., N] in the model's dtype and (); or float32 accumulators [..., N] and (scale [N], bias [N] or None,
-            the model's dtype).
+            [..., N] in the model's dtype and (); or accumulators [..., N], see `unscaled_linear`, and (scale [N], bias
+            [N] or None, the model's dtype).
         """
         if self.path is Path.INTEGER:
-            raw = unscaled_linear(x.qdata, x.scale, self.weight.qdata, self.weight.scale)
+            raw = unscaled_linear(x.qdata, x.scale, self.weight.qdata, self.weight.scale, self.fixed_dtype)
             if raw is not None:
                 return raw[0], (raw[1], self.bias, self.fixed_dtype)
         return self(x), ()

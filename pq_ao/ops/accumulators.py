@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CARRIED = (torch.float32, torch.bfloat16)  # float16 does not hold them
 
 
 def check_accumulators(
@@ -16,8 +17,8 @@ def check_accumulators(
         return
     if in_dtype not in _DTYPES:
         raise TypeError(f"{op}: in_dtype={in_dtype}; with in_scale one of {_DTYPES} is required.")
-    if x.dtype != torch.float32:
-        raise TypeError(f"{op}: with in_scale accumulators are float32; they are {x.dtype}.")
+    if x.dtype not in _CARRIED:
+        raise TypeError(f"{op}: with in_scale accumulators are one of {_CARRIED}; they are {x.dtype}.")
     for name, tensor in (("in_scale", in_scale), ("in_bias", in_bias)):
         if tensor is not None and (tensor.shape != x.shape[-1:] or tensor.dtype != torch.float32):
             raise ValueError(
@@ -25,11 +26,16 @@ def check_accumulators(
             )
 
 
+def rounding(x: Tensor, in_dtype: torch.dtype | None) -> torch.dtype:
+    """To what scaled input is rounded: to in_dtype, unless x comes in it and was rounded then."""
+    return torch.float32 if in_dtype in (None, x.dtype) else in_dtype
+
+
 def scaled(x: Tensor, in_scale: Tensor | None, in_bias: Tensor | None, in_dtype: torch.dtype | None) -> Tensor:
-    """x * in_scale + in_bias, each rounded to float32, in in_dtype; x itself without in_scale."""
+    """x * in_scale + in_bias, each rounded to float32, then to `rounding`; x itself without in_scale."""
     if in_scale is None:
         return x
-    x = x * in_scale
+    y = x * in_scale
     if in_bias is not None:
-        x = x + in_bias
-    return x.to(in_dtype)
+        y = y + in_bias
+    return y.to(rounding(x, in_dtype))

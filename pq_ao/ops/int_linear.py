@@ -132,15 +132,13 @@ def _choose(x_codes: Tensor, w_codes: Tensor, act_bits: int | None) -> LinearPat
     return linear_path(tokens, w_codes.shape[0], in_features, weight_bits, act_bits, capability_of(x_codes.device))
 
 
-def _matmul(x_codes: Tensor, w_codes: Tensor, path: LinearPath) -> Tensor:
-    """Accumulators [M, N] by a matrix product of PyTorch: float32 from E4M3, int32 from INT_MM."""
+def _matmul(x_codes: Tensor, w_codes: Tensor, path: LinearPath, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Accumulators [M, N] by a matrix product of PyTorch: int32 from INT_MM, exact sums in `dtype` from E4M3."""
     if path is LinearPath.E4M3:
         weight = unpack_codes(w_codes, x_codes.shape[1], torch.float8_e4m3fn)
         one = torch.ones((), dtype=torch.float32, device=x_codes.device)
         # fast accumulation drops bits; without it every sum of 4-bit products is exact
-        return torch._scaled_mm(
-            x_codes.contiguous(), weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False
-        )
+        return torch._scaled_mm(x_codes.contiguous(), weight.t(), one, one, out_dtype=dtype, use_fast_accum=False)
     if x_codes.device.type == "cpu":
         return _accumulate(x_codes, w_codes)
     weight = unpack_codes(w_codes, x_codes.shape[1], torch.int8) if w_codes.dtype == torch.uint8 else w_codes
@@ -176,22 +174,32 @@ def int_accumulate(
     return _matmul(x_codes, w_codes, path).to(torch.int32).contiguous()
 
 
-def unscaled_linear(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor] | None:
+def _carried(dtype: torch.dtype) -> torch.dtype:
+    """In what E4M3 hands over its sums to a model of `dtype`: half the bytes where that holds them all."""
+    return dtype if dtype == torch.bfloat16 else torch.float32  # 65,504 ends float16
+
+
+def unscaled_linear(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
     """Accumulators and their scale, for an op behind that does the epilogue as it reads them.
 
     Only where the epilogue would be a pass of its own: on the path E4M3, with one static scale.
 
     Args:
         x_codes, x_scale, w_codes, w_scale: see `int_linear`.
+        dtype: of the model.
 
     Returns:
-        float32 [..., N] and float32 [N], or None: call `int_linear`.
+        Accumulators [..., N], rounded to bfloat16 if that is `dtype`, else float32, and float32 [N]; or None: call
+        `int_linear`.
     """
     rows = x_codes.reshape(-1, x_codes.shape[-1])
     if x_scale.ndim > 1 or _choose(rows, w_codes, None) is not LinearPath.E4M3:
         return None
     rows = _as_read(rows, LinearPath.E4M3)
-    return _matmul(rows, w_codes, LinearPath.E4M3).view(*x_codes.shape[:-1], -1), x_scale * w_scale
+    accumulators = _matmul(rows, w_codes, LinearPath.E4M3, _carried(dtype))
+    return accumulators.view(*x_codes.shape[:-1], -1), x_scale * w_scale
 
 
 def int_linear(
@@ -203,7 +211,9 @@ def int_linear(
     dtype: torch.dtype,
     act_bits: int | None = None,
 ) -> Tensor:
-    """y = accumulator * (x_scale * w_scale) + bias in float32, rounded once to `dtype` (method section 1.3).
+    """y = accumulator * (x_scale * w_scale) + bias in float32, rounded to `dtype` (method section 1.3).
+
+    Accumulators are exact; on the path E4M3 in bfloat16 they are rounded to it before the scales are applied.
 
     Args:
         x_codes: int8 or float8_e4m3fn [..., K], see `int_accumulate`.
@@ -222,4 +232,4 @@ def int_linear(
     if path in (LinearPath.DP4A, LinearPath.TILE):
         x_scale = x_scale if x_scale.ndim == 1 else x_scale.reshape(-1, 1)
         return packed_linear(rows, x_scale, w_codes, w_scale, bias, dtype, path.value).view(shape)
-    return _epilogue(_matmul(rows, w_codes, path).view(shape), x_scale, w_scale, bias, dtype)
+    return _epilogue(_matmul(rows, w_codes, path, _carried(dtype)).view(shape), x_scale, w_scale, bias, dtype)

@@ -91,7 +91,7 @@ def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return x
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
+    return weight * h.to(weight.dtype)
 
 
 def _rotate(x_BLHD: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None) -> Tensor:
@@ -168,8 +168,8 @@ def rope_store(
         start: int64, one element: the slot of the first token.
         query_heads: H.
         bits: 4, 8 or 16.
-        in_scale: float32 [(H + 2G) * D] if qkv holds float32 accumulators: qkv * in_scale + in_bias, rounded to
-            in_dtype, is then meant. None if qkv is as it should be.
+        in_scale: float32 [(H + 2G) * D] if qkv holds accumulators in float32, or rounded to bfloat16: qkv * in_scale +
+            in_bias is then meant, of float32 ones rounded to in_dtype. None if qkv is as it should be.
         in_bias: float32 [(H + 2G) * D] or None; goes with in_scale.
         in_dtype: torch.bfloat16, float16 or float32; goes with in_scale.
 
@@ -187,6 +187,7 @@ def rope_store(
         (in_scale, in_bias, in_dtype),
     )  # fmt: skip
     groups, length = keys.shape[1], qkv.shape[1]
+    dtype = in_dtype or qkv.dtype
     qkv = scaled(qkv, in_scale, in_bias, in_dtype)
     heads_BLHD = qkv.view(*qkv.shape[:2], -1, head_dim)
     query, key, value = heads_BLHD.split((query_heads, groups, groups), dim=-2)
@@ -195,7 +196,7 @@ def rope_store(
     slots = torch.arange(length, device=start.device) + start
     _store(key, keys, key_token_scale, key_scale, key_clip, key_shift, slots, bits)
     _store(value.transpose(1, 2), values, value_token_scale, value_scale, value_clip, value_shift, slots, bits)
-    return query.to(qkv.dtype).transpose(1, 2).contiguous()
+    return query.to(dtype).transpose(1, 2).contiguous()
 
 
 @rope_store.register_fake

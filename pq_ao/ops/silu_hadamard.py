@@ -69,8 +69,8 @@ def silu_hadamard(
         shift: float32 [F], static means taken off before quantizing, or None.
         bits: 4 or 8.
         encoding: torch.int8, or torch.float8_e4m3fn, which holds the same integers (4 bits only).
-        in_scale: float32 [2F] if gate_up holds float32 accumulators: gate_up * in_scale + in_bias, rounded to in_dtype,
-            is then meant. None if gate_up is as it should be.
+        in_scale: float32 [2F] if gate_up holds accumulators in float32, or rounded to bfloat16: gate_up * in_scale +
+            in_bias is then meant, of float32 ones rounded to in_dtype. None if gate_up is as it should be.
         in_bias: float32 [2F] or None; goes with in_scale.
         in_dtype: torch.bfloat16, float16 or float32; goes with in_scale.
 

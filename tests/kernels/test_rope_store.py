@@ -140,6 +140,13 @@ def test_raw_accumulators(dtype, bias):
     assert torch.equal(run(case)[0], rope_store(**case.arguments()))
 
 
+def test_accumulators_rounded_to_bfloat16():
+    for tiling in (None, ROWS):
+        case = Case(raw=True, dtype=torch.bfloat16, head_dim=64)
+        case.tensors["qkv"] = case.tensors["qkv"].bfloat16()
+        check(case, tiling)
+
+
 def test_the_choice_by_tokens_and_head_dim():
     assert isinstance(choose_tiling(1, 8, 128, 1), Tiling) and isinstance(choose_tiling(8192, 8, 128, 1), RowsTiling)
     assert isinstance(choose_tiling(8192, 8, 64, 0), RowsTiling)

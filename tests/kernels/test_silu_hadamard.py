@@ -151,11 +151,13 @@ def test_widths_of_many_rows():
         assert choose_rows_tiling(width, order) is None and choose_accumulators_tiling(width, order) is None
 
 
-def check_accumulators(width, tiling, in_dtype, bias=True, encoding=torch.int8, shifted=True, rows=3):
+def check_accumulators(
+    width, tiling, in_dtype, bias=True, encoding=torch.int8, shifted=True, rows=3, carried=torch.float32
+):
     in_bias = torch.linspace(-1, 1, 2 * width) if bias else None
     raw = (torch.linspace(5e-4, 2e-3, 2 * width), in_bias, in_dtype)
     for dynamic in (False, True):
-        gate_up = 1000 * make_input(rows, width, torch.float32)
+        gate_up = (1000 * make_input(rows, width, torch.float32)).to(carried)
         check_codes(gate_up, dynamic, 4, encoding, tiling, raw, shifted)
 
 
@@ -178,6 +180,7 @@ ACCUMULATORS = {  # width: tiling
 def test_many_rows_of_accumulators(width, tiling):
     check_accumulators(width, tiling, torch.float16)
     check_accumulators(width, tiling, torch.float32, encoding=torch.float8_e4m3fn, shifted=False)
+    check_accumulators(width, tiling, torch.bfloat16, rows=2, carried=torch.bfloat16)
 
 
 def test_many_rows_of_accumulators_with_a_base_that_is_not_flat():
@@ -252,3 +255,4 @@ def test_models_widths(width, rows):
         check_codes(gate_up, dynamic, 4, torch.int8)
     check_codes(gate_up, False, 4, torch.float8_e4m3fn)
     check_accumulators(width, None, torch.bfloat16, rows=rows)
+    check_accumulators(width, None, torch.bfloat16, rows=rows, carried=torch.bfloat16)

@@ -201,16 +201,19 @@ class TestOps:
         monkeypatch.setattr(sys.modules["pq_ao.ops.int_linear"], "capability_of", lambda device: (9, 0))
         codes, weight = random_codes(2, 600, 64, bits=4), random_codes(32, 64, bits=4)
         x, w_scale, bias = codes.to(torch.float8_e4m3fn), torch.rand(32), torch.rand(32)
-        acc, scale = unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale)
-        assert torch.equal(acc.long(), exact(codes.view(-1, 64), weight).view(2, 600, 32))
-        y = (acc * scale + bias).to(torch.bfloat16)
-        assert torch.equal(y, int_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, bias, torch.bfloat16))
+        expected = exact(codes.view(-1, 64), weight).view(2, 600, 32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            acc, scale = unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, dtype)
+            assert acc.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+            assert torch.equal(acc, expected.to(acc.dtype))
+            y = (acc * scale + bias).to(dtype)
+            assert torch.equal(y, int_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, bias, dtype))
         for few_or_int8_or_dynamic in (
             (x[:, :4], torch.tensor([0.3])),
             (codes, torch.tensor([0.3])),
             (x, torch.rand(2, 600, 1)),
         ):
-            assert unscaled_linear(*few_or_int8_or_dynamic, pack_int4(weight), w_scale) is None
+            assert unscaled_linear(*few_or_int8_or_dynamic, pack_int4(weight), w_scale, torch.bfloat16) is None
 
     @pytest.mark.parametrize("x_scale", [torch.tensor([0.25]), torch.rand(2, 3, 1)], ids=["static", "per-row"])
     def test_traces_as_one_graph(self, x_scale):
@@ -271,6 +274,8 @@ class TestEveryPathOnTheGPU:
         w_scale, bias = torch.rand(144, generator=generator), torch.randn(144, generator=generator)
         for x_scale in (torch.rand(1, generator=generator), torch.rand(rows, 1, generator=generator)):
             expected = int_linear(x, x_scale, w, w_scale, bias, dtype)
+            if path is LinearPath.E4M3 and dtype == torch.bfloat16:
+                expected = epilogue(int_accumulate(x, w).to(dtype), x_scale, w_scale, bias, dtype)
             arguments = (x_scale.cuda(), w.cuda(), w_scale.cuda(), bias.cuda(), dtype, 4)
             with forced_path(path):
                 assert torch.equal(int_linear(x.cuda(), *arguments).cpu(), expected)
@@ -289,7 +294,7 @@ class TestEveryPathOnTheGPU:
         torch._dynamo.reset()  # the limit on recompilations counts those of other tests
         compiled = torch.compile(int_linear, fullgraph=True, dynamic=False)
         for rows in (1, 40, 1040):
-            expected = int_linear(x[:rows], x_scale, w, w_scale, None, torch.bfloat16)
-            on_gpu = (x_scale.cuda(), w.cuda(), w_scale.cuda(), None, torch.bfloat16)
+            expected = int_linear(x[:rows], x_scale, w, w_scale, None, torch.float16)
+            on_gpu = (x_scale.cuda(), w.cuda(), w_scale.cuda(), None, torch.float16)
             for codes in (x[:rows].cuda(), x[:rows].cuda().to(torch.float8_e4m3fn)):
                 assert torch.equal(compiled(codes, *on_gpu).cpu(), expected)

@@ -128,6 +128,20 @@ def test_raw_accumulators_equal_scaling_first(dtype, bias):
     assert all(torch.equal(a, b) for a, b in zip(found, case.cache(), strict=True))
 
 
+def test_accumulators_rounded_before_are_not_rounded_again():
+    """Values of bfloat16 accumulators are quantized from float32."""
+    case = Case(raw=True, dtype=torch.bfloat16, bits=8)
+    case.tensors["qkv"] = case.tensors["qkv"].bfloat16()
+    arguments = case.arguments()
+    scaled = arguments["qkv"] * arguments.pop("in_scale") + arguments.pop("in_bias")
+    query = rope_store(**case.arguments())
+    found = [tensor.clone() for tensor in case.cache()]
+    del arguments["in_dtype"]
+    expected = rope_store(**arguments | {"qkv": scaled})
+    assert query.dtype == torch.bfloat16 and torch.equal(query, expected.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(found, case.cache(), strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.accumulators import rounding
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, hadamard_entry, times_matrix
@@ -253,7 +254,7 @@ def launch(
     )  # fmt: skip
     numbers = (tokens, length, keys.shape[2], length if cos.shape[0] > 1 else 0, norm_eps)
     constants = {
-        "H": heads, "G": groups, "D": head_dim, "IN_DTYPE": TRITON_TYPES[in_dtype or qkv.dtype], "BITS": bits,
+        "H": heads, "G": groups, "D": head_dim, "IN_DTYPE": TRITON_TYPES[rounding(qkv, in_dtype)], "BITS": bits,
         "DYNAMIC": key_token_scale is not None, "LOW": low, "HIGH": high,
     }  # fmt: skip
     if isinstance(tiling, RowsTiling):

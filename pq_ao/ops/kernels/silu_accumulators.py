@@ -39,7 +39,7 @@ def _load_scaled(gate_ptr, columns, in_scale_ptr, in_bias_ptr, IN_DTYPE: tl.cons
     bias = None
     if in_bias_ptr is not None:
         bias = tl.load(in_bias_ptr + columns)
-    x = tl.load(gate_ptr + columns, cache_modifier=".cg")
+    x = tl.load(gate_ptr + columns, cache_modifier=".cg").to(tl.float32)
     return scaled(x, tl.load(in_scale_ptr + columns), bias, IN_DTYPE)
 
 
@@ -76,7 +76,7 @@ def _load_as_held(ptr, K: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def silu_accumulators_kernel(
-    gate_up_ptr,  # float32 [M, 2F]
+    gate_up_ptr,  # float32 or bfloat16 [M, 2F]
     in_scale_ptr,  # float32 [2F]
     in_bias_ptr,  # float32 [2F] or None
     base_ptr,  # float32 [BASE, BASE]
@@ -100,6 +100,7 @@ def silu_accumulators_kernel(
     T: tl.constexpr = F // K // _L2
     ROOT: tl.constexpr = F**0.5
     HELD: tl.constexpr = _L2 // W
+    BYTES: tl.constexpr = gate_up_ptr.dtype.element_ty.primitive_bitwidth // 8
     k, l2 = tl.arange(0, _K), tl.arange(0, _L2)
     base = hadamard_entry(base_ptr, k[:, None], k[None, :], (k < K)[:, None] & (k < K)[None, :], BASE, FOLD)
     base_high, base_low = bf16_parts(tl.broadcast_to(base[None], (W, _K, _K)))
@@ -126,7 +127,7 @@ def silu_accumulators_kernel(
             gate = _load_scaled(gate_ptr, columns + l1 * _L2, in_scale_ptr, in_bias_ptr, IN_DTYPE)
             up = _load_scaled(gate_ptr, columns + (F + l1 * _L2), in_scale_ptr, in_bias_ptr, IN_DTYPE)
             h = h + (gate * sigmoid_over(gate, ROOT) * up,)
-        prefetch(gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F), 8 * F)
+        prefetch(gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F), 2 * F * BYTES)
         h = butterflies(h, 0, T, 1)
 
         ys = ()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
+from pq_ao.ops.accumulators import rounding
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import (
@@ -300,7 +301,7 @@ def launch(
     dynamic = clip is not None
     constants = {
         "F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
-        "IN_DTYPE": TRITON_TYPES[in_dtype or gate_up.dtype],
+        "IN_DTYPE": TRITON_TYPES[rounding(gate_up, in_dtype)],
     }  # fmt: skip
     if base is None:
         block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
