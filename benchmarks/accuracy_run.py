@@ -83,11 +83,13 @@ class AccuracyRun:
         self._check_calibration_texts()
 
     def _local_tasks(self) -> dict:
-        names = [name for job in self.todo for name in job.settings]
-        if not any(matches(name, self.options.task_rows) for name in names):
-            patterns = " ".join(self.options.task_rows)
-            raise ValueError(f"--task-rows {patterns} matches none of the rows {', '.join(dict.fromkeys(names))}")
+        self._check_rows("--task-rows", self.options.task_rows)
         return pq_ao.local_tasks(self.options.tasks)
+
+    def _check_rows(self, option: str, patterns: list[str]) -> None:
+        names = list(dict.fromkeys(name for job in self.todo for name in job.settings))
+        if not any(matches(name, patterns) for name in names):
+            raise ValueError(f"{option} {' '.join(patterns)} matches none of the rows {', '.join(names)}")
 
     def _windows(self) -> dict[int, int]:
         """How many windows of each length to measure: --sequence-length, then --long-context."""
@@ -102,6 +104,7 @@ class AccuracyRun:
                 raise ValueError(
                     f"--long-context {long}: must be above --sequence-length {short}, at most the model's {context}"
                 )
+            self._check_rows("--long-context-rows", options.long_context_rows)
             # of the same tokens
             windows[long] = min(count_windows(self.ids, long), max(1, windows[short] * short // long))
         return windows
@@ -263,8 +266,9 @@ class AccuracyRun:
             for length, windows in texts:
                 text = {"corpus": text_name(options.corpus), "seqlen": length, "windows": windows}
                 found.append(Measurement(name, setting, facts | text))
-            # a further seed says less of a task than its few records leave open
-            if matches(name, options.task_rows) and job.seed == options.seeds[0]:
+            # a further seed says less of a task than its few records leave open,
+            # and the reference path is a check of perplexity alone
+            if setting.path != "reference" and matches(name, options.task_rows) and job.seed == options.seeds[0]:
                 found += [Measurement(name, setting, facts | {"task": task}) for task in self.tasks]
         return found
 

@@ -68,6 +68,9 @@ CALIBRATIONS: dict[str, Calibration] = {
     "w4a4kv4-dynamic-no-prefix": Calibration(mode="dynamic", prefix=False),
     "w4a4kv4-dynamic-no-prefix-gptq": Calibration(mode="dynamic", prefix=False, rounding="gptq"),
     "w4a4kv4-dynamic-no-prefix-gptq-tuned": Calibration(mode="dynamic", prefix=False, rounding="gptq", finetuned=True),
+    "w4a4kv4-dynamic-no-prefix-gptq-tuned-end-to-end": Calibration(
+        mode="dynamic", prefix=False, rounding="gptq", finetuned=True, end_to_end=True
+    ),
     "w4a4kv4-dynamic": Calibration(mode="dynamic"),
     "w4a4kv4-dynamic-gptq": Calibration(mode="dynamic", rounding="gptq"),
     "w4a4kv4-dynamic-tuned": Calibration(mode="dynamic", finetuned=True),

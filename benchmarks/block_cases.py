@@ -19,7 +19,7 @@ from pq_ao.ops.cache_attention import cache_attention
 from pq_ao.ops.rope_store import rope_store as rope_store_op
 from pq_ao.ops.silu_hadamard import silu_hadamard as silu_hadamard_op
 
-# tokens from which linears may leave their accumulators unscaled, see `pq_ao.ops.linear_paths`
+# tokens beyond which linears may leave their accumulators unscaled, see `pq_ao.ops.linear_paths`
 _MANY = 2048
 
 
@@ -62,14 +62,14 @@ def _few(tokens: list[int]) -> list[int]:
 
 def _inputs(rows: int) -> tuple[tuple[str, bool], ...]:
     """What stands ahead of an op, and whether that is accumulators: for many tokens they may come unscaled."""
-    return (("static", False), ("static, of accumulators", True)) if rows >= _MANY else (("static", False),)
+    return (("static", False), ("static, of accumulators", True)) if rows > _MANY else (("static", False),)
 
 
 def _epilogue(width: int, raw: bool, device: torch.device) -> tuple:
-    """Scales and biases of accumulators, and the dtype that is meant; nothing unless `raw`."""
+    """Scales and biases of accumulators; nothing unless `raw`."""
     if not raw:
         return ()
-    return torch.full((width,), SCALE, device=device), random((width,), torch.float32, device), torch.bfloat16
+    return torch.full((width,), SCALE, device=device), random((width,), torch.float32, device)
 
 
 def silu_hadamard(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:

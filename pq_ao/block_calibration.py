@@ -48,6 +48,7 @@ def calibrate_block(
                 found |= search_values(sites, config.kv_bits, search)
                 found |= search_keys(sites, config.kv_bits, search)
                 attention.kv.path = Path.REFERENCE
+    sites.forget()
     return found, rounded
 
 
@@ -77,9 +78,9 @@ def restore_block(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Gives a rotated block in float32 what `block_tensors` took of it.
 
     Raises:
-        ValueError: names or shapes do not fit the block.
+        ValueError: names or shapes do not fit the block; nothing is changed then.
     """
-    expected = 3 * sum(isinstance(module, CalibratedLinear) for module in layer.modules())
+    _check_shapes(layer, tensors)
     for name, module in layer.named_modules():
         if isinstance(module, CalibratedLinear):
             device = module.weight.device
@@ -89,9 +90,24 @@ def restore_block(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
         elif isinstance(module, ActivationQuantizer | KVQuantizer):
             for buffer, tensor in module.named_buffers():
                 tensor.copy_(tensors[f"{name}.{buffer}"])
-                expected += 1
-    if len(tensors) != expected:
-        raise ValueError(f"a kept block holds {len(tensors)} tensors; this model's blocks have {expected}.")
+
+
+def _check_shapes(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, CalibratedLinear):
+            rows, columns = module.weight.shape
+            width = -(-columns // 2) if module.config.weight_bits == 4 else columns
+            expected |= {f"{name}.codes": (rows, width), f"{name}.scale": (rows,), f"{name}.bias": (rows,)}
+        elif isinstance(module, ActivationQuantizer | KVQuantizer):
+            expected |= {f"{name}.{buffer}": tuple(tensor.shape) for buffer, tensor in module.named_buffers()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if differing:
+        shapes = (
+            f"{name} is {found.get(name, 'absent')} instead of {expected.get(name, 'absent')}" for name in differing
+        )
+        raise ValueError(f"a kept block does not fit this model: {'; '.join(shapes)}. Give another resume folder.")
 
 
 def cast_block(layer: nn.Module, dtype: torch.dtype) -> None:

@@ -163,7 +163,7 @@ class BlockSites:
         """What rounding needs, with the scales that are set now."""
         quantizer, width, tokens = self.quantizers[site], self.linears[site].in_features, self.body.tokens
         device = self.body.device
-        gram, cross = (torch.zeros(width, width, device=device) for _ in range(2))
+        gram, cross = (torch.zeros(width, width, dtype=torch.float32, device=device) for _ in range(2))
         means = torch.zeros(2, width, dtype=torch.float64, device=device)
         # one shift for both, so that taking off the means afterwards costs no digits
         shift = quantizer.shift
@@ -186,6 +186,11 @@ class BlockSites:
             for batch in self.body.batches(_SEARCH_SEQUENCES)
             for one in batch.split()
         ]
+
+    def forget(self) -> None:
+        """Frees the inputs and heads that were kept between passes: fine-tuning wants their memory."""
+        self._recorded = ("", [])
+        self.__dict__.pop("heads", None)
 
     def search_batches(self) -> list[Sequences]:
         """The first sequences, for objectives that run the whole block."""

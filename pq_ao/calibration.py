@@ -17,7 +17,7 @@ from pq_ao.block_calibration import block_tensors, calibrate_block, cast_block, 
 from pq_ao.block_sites import BlockSites
 from pq_ao.checkpoint.quantizer import attach
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
-from pq_ao.data import TextSource, calibration_windows
+from pq_ao.data import TextSource, calibration_windows, check_count
 from pq_ao.end_to_end import EndToEndFinetuner
 from pq_ao.families import family_of
 from pq_ao.finetune import FinetuneConfig, Finetuner, Pairs
@@ -45,16 +45,16 @@ class CalibrationRecord:
     Attributes:
         config: the scheme.
         prefix: the prefix and how well it holds.
-        data, num_sequences, sequence_length, context, balance, rounding, search, finetune, seed: arguments of
-            `calibrate`.
-        scales: by layer, each static scale or clip factor, the factor on the absmax scale as "<name>_factor", and how
-            channels were balanced as "<name>_balance" (`pq_ao.balance`).
+        data: name of the corpus, a file's without its folder, or "list".
+        num_sequences, sequence_length, context, balance, rounding, search, finetune, seed: arguments of `calibrate`.
+        scales: by layer, each static scale or clip factor as the search found it, before any fine-tuning, the factor on
+            the absmax scale as "<name>_factor", and how channels were balanced as "<name>_balance" (`pq_ao.balance`).
         finetuning: by layer, how it went (`pq_ao.training.TrainingHistory`); empty without.
         end_to_end: how the fine-tuning of all blocks together went, likewise; None without.
         seconds: wall time of everything.
         prefix_seconds: of which to find the prefix.
-        block_seconds, finetuning_seconds: by layer, of which the second is a part of the first; a block that a journal
-            held takes little.
+        block_seconds: by layer; a block that a journal held takes little.
+        finetuning_seconds: of which to fine-tune, without the blocks that a journal held.
         end_to_end_seconds: of which to fine-tune all blocks together.
     """
 
@@ -137,6 +137,9 @@ def calibrate(
     Raises:
         ValueError: unsupported model or argument, too little text, NaN or Inf in weights or activations, or a `resume`
             folder that is damaged or belongs to another run.
+        TypeError: an argument of another type.
+        RuntimeError: a named corpus could not be downloaded, or another process has the `resume` folder.
+        OSError: hidden states or a finished block could not be written, such as on a full disk.
 
     Example::
 
@@ -145,8 +148,11 @@ def calibrate(
     """
     started = time.perf_counter()
     config = config or prefixquant_config()
+    num_sequences = check_count("num_sequences", num_sequences)
+    sequence_length = check_count("sequence_length", sequence_length)
+    seed = check_count("seed", seed, minimum=0)
     context = _context(model, context, num_sequences, sequence_length)
-    _check_arguments(model, config, rounding, search, finetune, prefix_ids, storage)
+    _check_arguments(model, config, balance, rounding, search, finetune, prefix_ids, storage)
     check_weights(model)
     held_out = 0 if finetune is None else finetune.validation_sequences
     windows = calibration_windows(tokenizer, data, num_sequences + held_out, sequence_length, seed)
@@ -156,7 +162,8 @@ def calibrate(
     else:
         prefix = PrefixReport((), statistics=outlier_statistics(model, train, progress=progress))
     prefix_seconds = time.perf_counter() - started
-    described = data if isinstance(data, str) else f"{type(data).__name__}"
+    # the name alone: checkpoints hold the record and travel, folders of one machine should not
+    described = os.path.basename(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__
     record = CalibrationRecord(
         config, prefix, described, num_sequences, sequence_length, context, balance, rounding, search, finetune, seed
     )
@@ -293,6 +300,7 @@ def _context(model: PreTrainedModel, context: int | None, num_sequences: int, se
 def _check_arguments(
     model: PreTrainedModel,
     config: PrefixQuantConfig,
+    balance: bool,
     rounding: str,
     search: str,
     finetune: FinetuneConfig | None,
@@ -303,6 +311,8 @@ def _check_arguments(
         raise TypeError(f"config: got {type(config).__name__}; pass a PrefixQuantConfig, from prefixquant_config().")
     if finetune is not None and not isinstance(finetune, FinetuneConfig):
         raise TypeError(f"finetune: got {type(finetune).__name__}; pass a pq_ao.FinetuneConfig, or None.")
+    if not isinstance(balance, bool):
+        raise TypeError(f"balance={balance!r} is a {type(balance).__name__}; pass True or False.")
     choices = (("rounding", rounding, tuple(ROUNDINGS)), ("search", search, SEARCHES), ("storage", storage, STORAGES))
     for name, value, allowed in choices:
         if value not in allowed:

@@ -123,10 +123,11 @@ def token_windows(tokenizer: Any, text: str, num_sequences: int, sequence_length
     stream = token_ids(tokenizer, text)
     available = count_windows(stream, sequence_length)
     if available < num_sequences:
+        shorter = stream.numel() // num_sequences
         raise ValueError(
-            f"num_sequences={num_sequences} windows of sequence_length={sequence_length} tokens were asked for, but "
-            f"the text has {stream.numel()} tokens, which is {available} windows; lower num_sequences to {available} "
-            f"or sequence_length to {stream.numel() // num_sequences}, or give more text"
+            f"{num_sequences} windows of sequence_length={sequence_length} tokens are needed, but the text has "
+            f"{stream.numel()} tokens, which is {available} windows; lower num_sequences by "
+            f"{num_sequences - available}{f' or sequence_length to {shorter}' if shorter else ''}, or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     spare = stream.numel() - available * sequence_length

@@ -5,6 +5,7 @@ cache is made of buffers of both (what a model reaches in another way, torch tak
 length; a program moves them on in place. Both name the same buffers, so that whoever loads them lets one
 set of tensors stand in both: cache and weights are held once, and nothing is copied between prefill and decode. The
 weights are in the file of prefill; in that of decode, and for the cache in both, empty tensors hold their place.
+With padding the cache also says which slots count, and how many tokens each row has.
 """
 
 import os
@@ -23,7 +24,16 @@ from pq_ao.checkpoint.description import describe
 from pq_ao.export_aoti import compile_packages, decompositions
 from pq_ao.export_folder import write_folder
 from pq_ao.export_manifest import FILES, Manifest
-from pq_ao.exported import CACHE_PREFIX, LENGTH_NAME, ExportedDecoder, cache_names, decoder_of, share_state
+from pq_ao.exported import (
+    CACHE_PREFIX,
+    LENGTH_NAME,
+    SEEN_NAME,
+    VISIBLE_NAME,
+    ExportedDecoder,
+    cache_names,
+    decoder_of,
+    share_state,
+)
 from pq_ao.ops.linear_paths import LinearPath, capability_of, forced_path
 
 _LAYER_TENSORS = ("keys", "values", "key_scale", "value_scale")
@@ -36,12 +46,13 @@ class _CachedDecoder(nn.Module):
     """The model and its cache, whose tensors are buffers here.
 
     Args:
+        padded: rows may begin with padding; buffers then say which slots are visible, and how many tokens a row has.
         unfused: gives attention a whole mask, as users may: it then takes the way of small ops over all slots.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PrefixStaticCache, unfused: bool):
+    def __init__(self, model: PreTrainedModel, cache: PrefixStaticCache, padded: bool, unfused: bool):
         super().__init__()
-        self.model, self.cache, self.unfused = model, cache, unfused
+        self.model, self.cache, self.padded, self.unfused = model, cache, padded, unfused
         self.layer_buffers = [
             {name: f"{CACHE_PREFIX}{name}_{index}" for name in _LAYER_TENSORS if getattr(layer, name) is not None}
             for index, layer in enumerate(cache.layers)
@@ -50,28 +61,50 @@ class _CachedDecoder(nn.Module):
             for name, buffer in names.items():
                 self.register_buffer(buffer, getattr(layer, name))
         self.register_buffer(LENGTH_NAME, cache.layers[0].cumulative_length)
+        if padded:
+            batch, slots, device = cache.layers[0].batch_size, cache.layers[0].max_cache_len, model.device
+            self.register_buffer(VISIBLE_NAME, torch.ones(batch, slots, dtype=torch.bool, device=device))
+            self.register_buffer(SEEN_NAME, torch.zeros(batch, 1, dtype=torch.int64, device=device))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [B, L] to the last token's logits [B, V]."""
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """int64 [B, L], and with padding bool [B, L] unless all tokens count, to the last token's logits [B, V]."""
         for layer, names in zip(self.cache.layers, self.layer_buffers, strict=True):
             for name, buffer in names.items():  # a layer that kept its own would make constants of them
                 setattr(layer, name, getattr(self, buffer))
             layer.cumulative_length = getattr(self, LENGTH_NAME)
+        visible, positions = None, None
+        if self.padded:
+            visible, positions = getattr(self, VISIBLE_NAME), self._positions(input_ids, mask)
         output = self.model(
             input_ids=input_ids,
-            attention_mask=self._causal_mask(input_ids) if self.unfused else None,
+            attention_mask=self._whole_mask(input_ids, visible) if self.unfused else visible,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1]
 
-    def _causal_mask(self, input_ids: Tensor) -> Tensor:
+    def _positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """int64 [B, L], 0 for padding; notes in the buffers which of the tokens count."""
+        seen = getattr(self, SEEN_NAME)
+        if mask is None:
+            positions = seen + torch.arange(input_ids.shape[1], device=input_ids.device)
+            seen.add_(input_ids.shape[1])
+            return positions
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device) + getattr(self, LENGTH_NAME)
+        getattr(self, VISIBLE_NAME).index_copy_(1, slots, mask)
+        positions = (seen + mask.cumsum(dim=1) - 1).clamp_min(0)
+        seen.add_(mask.sum(dim=1, keepdim=True))
+        return positions
+
+    def _whole_mask(self, input_ids: Tensor, visible: Tensor | None) -> Tensor:
         """bool [B, 1, L, S]."""
         batch, length = input_ids.shape
         slots = torch.arange(self.cache.layers[0].max_cache_len, device=input_ids.device)
         positions = torch.arange(length, device=input_ids.device) + getattr(self, LENGTH_NAME)
-        return (slots <= positions[:, None])[None, None].expand(batch, -1, -1, -1)
+        causal = (slots <= positions[:, None])[None, None]
+        return causal.expand(batch, -1, -1, -1) if visible is None else causal & visible[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +112,8 @@ class DecoderPrograms:
     """What `export_decoder` gives.
 
     Attributes:
-        prefill: ids int64 [B, L], 2 <= L <= max_prefill_len, to logits [B, V] of the last token.
+        prefill: ids int64 [B, L], 2 <= L <= max_prefill_len, and with padding a mask bool [B, L], to logits [B, V] of
+            the last token.
         decode: ids int64 [B, 1] to logits [B, V].
         manifest: shapes, dtypes, device.
 
@@ -128,6 +162,7 @@ def export_decoder(
     max_cache_len: int,
     *,
     max_prefill_len: int | None = None,
+    padded: bool = False,
     strict: bool = False,
     backend: str = "export",
 ) -> DecoderPrograms:
@@ -138,10 +173,11 @@ def export_decoder(
 
     Args:
         model: after `calibrate` and `quantize_`; its device is that of the programs.
-        batch_size: rows of every batch, all of the same length.
+        batch_size: rows of every batch.
         max_cache_len: tokens of prompt and reply together, at least 4.
         max_prefill_len: the most tokens of one call of prefill, 4 to max_cache_len; None for max_cache_len. Longer
             prompts run in several calls.
+        padded: prefill takes a mask of padding on the left as well; without, all rows have the same length.
         strict: mode of `torch.export.export`.
         backend: "export", or "aoti" for programs of `aten` alone, whose `save` compiles packages of AOTInductor, for
             the CPU: half a minute each even for small models.
@@ -171,13 +207,21 @@ def export_decoder(
         raise ValueError(f"backend='aoti': for the CPU only, and the model is on {model.device}; use backend='export'.")
     length = Dim("length", min=2, max=max_prefill_len)
     unfused = backend == "aoti"
+
+    def cached() -> _CachedDecoder:  # with a cache of its own, for tracing leaves traces in it
+        return _CachedDecoder(model, PrefixStaticCache(model, batch_size, max_cache_len), padded, unfused).eval()
+
+    def ids(tokens: int) -> Tensor:
+        return torch.zeros(batch_size, tokens, dtype=torch.int64, device=model.device)
+
     with torch.no_grad():
         with forced_path(_path_of_any_length(model.device)):
-            tokens = min(_TRACED_LENGTH, max_prefill_len)
-            prefill = _export(model, batch_size, max_cache_len, tokens, strict, unfused, length)
-        decode = _export(model, batch_size, max_cache_len, 1, strict, unfused)
+            prompt = ids(min(_TRACED_LENGTH, max_prefill_len))
+            inputs = (prompt, torch.ones_like(prompt, dtype=torch.bool)) if padded else (prompt,)
+            prefill = _export(cached(), inputs, strict, length)
+        decode = _export(cached(), (ids(1),), strict)
     share_state(prefill, decode)
-    manifest = _manifest(model, prefill, backend, batch_size, max_cache_len, max_prefill_len)
+    manifest = _manifest(model, prefill, backend, batch_size, max_cache_len, max_prefill_len, padded)
     return DecoderPrograms(prefill, decode, manifest)
 
 
@@ -194,21 +238,12 @@ def _path_of_any_length(device: torch.device) -> LinearPath:
 
 
 def _export(
-    model: PreTrainedModel,
-    batch_size: int,
-    max_cache_len: int,
-    tokens: int,
-    strict: bool,
-    unfused: bool,
-    length: Dim | None = None,
+    decoder: _CachedDecoder, inputs: tuple[Tensor, ...], strict: bool, length: Dim | None = None
 ) -> ExportedProgram:
-    """One program; `length` is the dimension of the ids, None for exactly `tokens`."""
-    # a cache of its own, for tracing leaves traces in it
-    decoder = _CachedDecoder(model, PrefixStaticCache(model, batch_size, max_cache_len), unfused).eval()
-    ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=model.device)
-    shapes = None if length is None else ({1: length},)
-    program = torch.export.export(decoder, (ids,), dynamic_shapes=shapes, strict=strict)
-    program = program.run_decompositions(decompositions() if unfused else None)
+    """One program; `length` is the dimension of the tokens, None for exactly those of `inputs`."""
+    shapes = None if length is None else tuple({1: length} for _ in inputs)
+    program = torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=strict)
+    program = program.run_decompositions(decompositions() if decoder.unfused else None)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
@@ -221,6 +256,7 @@ def _manifest(
     batch_size: int,
     max_cache_len: int,
     max_prefill_len: int,
+    padded: bool,
 ) -> Manifest:
     logits = prefill.graph.output_node().args[0][-1].meta["val"]
     ends = model.generation_config.eos_token_id
@@ -231,6 +267,7 @@ def _manifest(
         batch_size=batch_size,
         max_cache_len=max_cache_len,
         max_prefill_len=max_prefill_len,
+        padded=padded,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         logits=list(logits.shape),
         dtype=str(logits.dtype).removeprefix("torch."),

@@ -46,13 +46,17 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
 
 def compile_packages(prefill: ExportedProgram, decode: ExportedProgram, folder: Path) -> None:
     """Writes the files of `FILES["aoti"]` for programs that share their state."""
-    endings = FILES["aoti"]
     for name, program in (("prefill", prefill), ("decode", decode)):
-        path = folder / f"{name}{endings[name]}"
+        path = folder / f"{name}{FILES['aoti'][name]}"
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_CONFIG)
+    save_state(prefill, folder)
+
+
+def save_state(prefill: ExportedProgram, folder: Path) -> None:
+    """Writes the tensors of both packages: any of a program with the same graph, for packages hold none."""
     tensors = {**prefill.state_dict, **prefill.constants}
     state = {name: _saved(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    torch.save(state, folder / f"state{endings['state']}")
+    torch.save(state, folder / f"state{FILES['aoti']['state']}")
 
 
 def _saved(name: str, tensor: Tensor) -> Tensor:

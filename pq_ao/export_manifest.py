@@ -8,12 +8,15 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "pq_ao exported decoder"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # the files of each backend, and how their names end
 FILES = {
     "export": {"prefill": ".pt2", "decode": ".pt2"},
     "aoti": {"prefill": ".aoti.pt2", "decode": ".aoti.pt2", "state": ".pt"},
 }
+
+# fields that came with a later version -> what their absence means; programs of version 1 take no padding
+_LATER = {1: {"padded": False}, 2: {}}
 
 _CHUNK = 1 << 20
 _RESTORE = "Restore the folder, or export the model again"
@@ -43,6 +46,7 @@ class Manifest:
         batch_size: rows of every batch.
         max_cache_len: tokens of prompt and reply together.
         max_prefill_len: the most tokens of one call of prefill, which takes 2 or more.
+        padded: whether prefill takes a mask of padding on the left.
         vocab_size: token ids are 0 .. vocab_size - 1.
         logits: shape of what both programs return.
         dtype: of the logits, such as "bfloat16".
@@ -58,6 +62,7 @@ class Manifest:
     batch_size: int
     max_cache_len: int
     max_prefill_len: int
+    padded: bool
     vocab_size: int
     logits: list[int]
     dtype: str
@@ -96,12 +101,13 @@ def read_manifest(folder: Path) -> Manifest:
     version = facts.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version={version} is newer than this pq_ao, which reads {FORMAT_VERSION}; update pq_ao."
+            f"{path}: format_version={version} is newer than this pq_ao, which reads up to {FORMAT_VERSION}; update "
+            "pq_ao."
         )
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in _LATER:
         raise ValueError(f"{path}: format_version={version!r} is unknown; it should be {FORMAT_VERSION}. {_RESTORE}.")
     facts = {name: value for name, value in facts.items() if name not in ("format", "format_version")}
-    return _checked(facts, path)
+    return _checked(_LATER[version] | facts, path)
 
 
 def _is_count(value: Any) -> bool:
@@ -121,6 +127,7 @@ _ALLOWED = {
     "batch_size": (_is_count, "a whole number of at least 1"),
     "max_cache_len": (_is_count, "a whole number of at least 1"),
     "max_prefill_len": (_is_count, "a whole number of at least 1"),
+    "padded": (lambda value: type(value) is bool, "true or false"),
     "vocab_size": (_is_count, "a whole number of at least 1"),
     "logits": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)), "[B, V]"),
     "dtype": (lambda value: value in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),

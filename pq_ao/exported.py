@@ -19,28 +19,32 @@ from pq_ao.ops.kernels.workspace import counters
 # the cache's buffers in a program; every other name belongs to the model
 CACHE_PREFIX = "cache_"
 LENGTH_NAME = "cache_length"
+# with padding: bool [B, S], slots that count; int64 [B, 1], tokens of each row
+VISIBLE_NAME = "cache_visible"
+SEEN_NAME = "cache_seen"
 
 _RESTORE = "Restore the folder, or export the model again"
 
-Step = Callable[[Tensor], Tensor]
+Step = Callable[..., Tensor]
 
 
 class ExportedDecoder:
     """Prefill and decode over one cache, and greedy generation on top of them.
 
-    Rows of a batch have the same length: there is no padding. Of a batch, rows that are finished give padding.
+    Of a batch, rows that are finished give padding.
 
     Args:
-        prefill: ids [B, L] with 2 <= L <= max_prefill_len to logits [B, V]; appends to the cache.
+        prefill: ids [B, L] with 2 <= L <= max_prefill_len, and with padding a mask bool [B, L], to logits [B, V];
+            appends to the cache.
         decode: ids [B, 1] to logits [B, V]; appends to the same cache.
-        length: int64 tensor of no dimension, tokens in the cache; both programs move it on.
+        cache: the tensors that both programs change in place, by name.
         manifest: of the programs.
     """
 
-    def __init__(self, prefill: Step, decode: Step, length: Tensor, manifest: Manifest):
-        self.manifest = manifest
-        self._prefill, self._decode, self._length = prefill, decode, length
-        self._held = 0  # the same number, as the host knows it
+    def __init__(self, prefill: Step, decode: Step, cache: dict[str, Tensor], manifest: Manifest):
+        self.cache, self.manifest = cache, manifest
+        self._prefill, self._decode, self._length = prefill, decode, cache[LENGTH_NAME]
+        self._held = 0  # its number, as the host knows it
         self.reset()
 
     @property
@@ -57,29 +61,38 @@ class ExportedDecoder:
         """Forgets all tokens."""
         self._length.zero_()
         self._held = 0
+        if self.manifest.padded:
+            self.cache[VISIBLE_NAME].fill_(True)
+            self.cache[SEEN_NAME].zero_()
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor) -> Tensor:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Appends tokens to the cache.
 
         Args:
             input_ids: integers [B, L]; more than max_prefill_len run in several calls.
+            attention_mask: [B, L], 0 for padding on the left, else 1; None for none.
 
         Returns:
             [B, V] logits of the last token.
 
         Raises:
-            ValueError: wrong shape or batch, no tokens, ids that the model does not have, or more tokens than the
-                cache has room for.
+            ValueError: wrong shape or batch, no tokens, ids that the model does not have, padding elsewhere than on
+                the left or for programs without it, or more tokens than the cache has room for.
             TypeError: ids that are not integers.
         """
-        ids = self._checked(input_ids)
+        ids, mask = self._checked(input_ids, attention_mask)
         self._check_room(ids.shape[1])
         logits = None
-        for part in ids.split(self.manifest.max_prefill_len, dim=1):
-            step = self._decode if part.shape[1] == 1 else self._prefill
-            logits = step(part.contiguous())
-            self._held += part.shape[1]
+        for start in range(0, ids.shape[1], self.manifest.max_prefill_len):
+            part = slice(start, start + self.manifest.max_prefill_len)
+            inputs = [ids[:, part].contiguous()]
+            if inputs[0].shape[1] == 1:  # the last token, which is never padding
+                logits = self._decode(*inputs)
+            else:
+                inputs += [mask[:, part].contiguous()] if mask is not None else []
+                logits = self._prefill(*inputs)
+            self._held += inputs[0].shape[1]
         return logits
 
     @torch.no_grad()
@@ -100,26 +113,33 @@ class ExportedDecoder:
         self._held += 1
         return logits
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 128, **options) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 128, attention_mask: Tensor | None = None, **options
+    ) -> Tensor:
         """Begins a new text and generates a whole reply, greedily.
 
         Args:
-            input_ids: see `prefill`.
+            input_ids, attention_mask: see `prefill`.
             max_new_tokens, options: see `stream`.
 
         Returns:
             int64 [B, L + new tokens] on the CPU: prompt and reply.
         """
-        reply = list(self.stream(input_ids, max_new_tokens, **options))
+        reply = list(self.stream(input_ids, max_new_tokens, attention_mask, **options))
         return torch.cat((input_ids.cpu().to(torch.int64), torch.stack(reply, dim=1)), dim=1)
 
     def stream(
-        self, input_ids: Tensor, max_new_tokens: int = 128, *, eos_token_ids: Sequence[int] | None = None
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 128,
+        attention_mask: Tensor | None = None,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """Begins a new text and yields the likeliest tokens step by step, as int64 [B] on the CPU.
 
         Args:
-            input_ids: see `prefill`.
+            input_ids, attention_mask: see `prefill`.
             max_new_tokens: at least 1.
             eos_token_ids: tokens that end a row; None for those of the model, an empty tuple for none.
 
@@ -128,15 +148,15 @@ class ExportedDecoder:
         """
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be an integer of at least 1.")
-        ids = self._checked(input_ids)
+        ids, mask = self._checked(input_ids, attention_mask)
         self.reset()
         self._check_room(ids.shape[1] + max_new_tokens)
         ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
-        return self._run(ids, max_new_tokens, torch.tensor(tuple(ends), dtype=torch.int64))
+        return self._run(ids, mask, max_new_tokens, torch.tensor(tuple(ends), dtype=torch.int64))
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, max_new_tokens: int, ends: Tensor) -> Iterator[Tensor]:
-        logits = self.prefill(ids)
+    def _run(self, ids: Tensor, mask: Tensor | None, max_new_tokens: int, ends: Tensor) -> Iterator[Tensor]:
+        logits = self.prefill(ids, mask)
         finished = torch.zeros(self.manifest.batch_size, dtype=torch.bool)
         for left in reversed(range(max_new_tokens)):
             token = logits.argmax(dim=-1)
@@ -156,8 +176,8 @@ class ExportedDecoder:
                 f"fit; export the model with max_cache_len={self._held + length} or more, or reset() this decoder."
             )
 
-    def _checked(self, ids: Tensor) -> Tensor:
-        """int64 ids on the programs' device."""
+    def _checked(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """int64 ids, and for programs with padding a boolean mask; both on the programs' device."""
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"input_ids: got {getattr(ids, 'dtype', type(ids).__name__)}; pass a tensor of integers.")
         batch, vocab = self.manifest.batch_size, self.manifest.vocab_size
@@ -169,7 +189,23 @@ class ExportedDecoder:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:  # on a GPU this would end the process
             raise ValueError(f"input_ids: has ids from {low} to {high}, but the model's embedding has {vocab} rows.")
-        return ids.to(self.device, torch.int64)
+        return ids.to(self.device, torch.int64), self._checked_mask(ids, mask)
+
+    def _checked_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask: got shape {tuple(mask.shape)}; it must be that of input_ids, {tuple(ids.shape)}."
+            )
+        mask = mask.bool()
+        if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+            raise ValueError("attention_mask: zeros may stand on the left only; pass padding_side='left'.")
+        if self.manifest.padded:
+            return mask.to(self.device)
+        if not mask.all():
+            raise ValueError("attention_mask: these programs know no padding; export the model with padded=True.")
+        return None
 
 
 def cache_names(program: ExportedProgram) -> list[str]:
@@ -177,13 +213,16 @@ def cache_names(program: ExportedProgram) -> list[str]:
     return sorted(program.graph_signature.buffers_to_mutate.values())
 
 
-def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """The fake tensor behind every input of a program's graph: by name for its state, under "" for the ids."""
+def _inputs(program: ExportedProgram) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The fake tensors behind the inputs of a program's graph: those that are given, and its state by name."""
+    given, state = [], {}
     placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
-    return {
-        spec.target or "": node.meta["val"]
-        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
-    }
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.target is None:
+            given.append(node.meta["val"])
+        else:
+            state[spec.target] = node.meta["val"]
+    return given, state
 
 
 def share_state(prefill: ExportedProgram, decode: ExportedProgram) -> None:
@@ -192,10 +231,10 @@ def share_state(prefill: ExportedProgram, decode: ExportedProgram) -> None:
     Raises:
         ValueError: decode has a tensor that prefill lacks, or has in another shape or dtype.
     """
-    theirs, mine = _inputs(prefill), _inputs(decode)
+    theirs, mine = _inputs(prefill)[1], _inputs(decode)[1]
     for name, tensor in mine.items():
         like = theirs.get(name)
-        if name and (like is None or (like.shape, like.dtype) != (tensor.shape, tensor.dtype)):
+        if like is None or (like.shape, like.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
                 f"decode: {name!r}, which is another tensor in prefill or none: the programs are of different models. "
                 "Export the model again."
@@ -240,14 +279,17 @@ def load_exported(folder: str | os.PathLike[str], *, compile_options: dict[str, 
         return _load_packages(paths, manifest, folder)
     programs = {name: _loaded(torch.export.load, path, manifest) for name, path in paths.items()}
     share_state(programs["prefill"], programs["decode"])
+    batch = manifest.batch_size
     for name, program in programs.items():
-        inputs = _inputs(program)
-        ids = tuple(inputs.pop("").shape)
-        if name == "decode" and ids != (manifest.batch_size, 1):
+        given, state = _inputs(program)
+        shapes = [tuple(tensor.shape) for tensor in given]
+        padded = manifest.padded and name == "prefill"
+        if len(given) != 1 + padded or name == "decode" and shapes != [(batch, 1)]:
+            wanted = f"ids {(batch, 1)}" if name == "decode" else f"ids{' and a mask' if padded else ''} [{batch}, L]"
             raise ValueError(
-                f"folder={str(folder)!r}: decode: takes ids {ids} instead of {(manifest.batch_size, 1)}. {_RESTORE}."
+                f"folder={str(folder)!r}: {name}: takes tensors of {shapes} instead of {wanted}. {_RESTORE}."
             )
-        _check_sizes(inputs, name, manifest, folder)
+        _check_sizes(state, name, manifest, folder)
     return decoder_of(programs["prefill"], programs["decode"], manifest, compile_options)
 
 
@@ -258,12 +300,12 @@ def decoder_of(
     compile_options: dict[str, Any] | None = None,
 ) -> ExportedDecoder:
     """Of programs that share their state already."""
-    length = prefill.state_dict[LENGTH_NAME]
-    counters(length.device)  # must exist before a CUDA graph is recorded
+    cache = {name: prefill.state_dict[name] for name in cache_names(prefill)}
+    counters(cache[LENGTH_NAME].device)  # must exist before a CUDA graph is recorded
     step = decode.module()
     if compile_options is not None:
         step = torch.compile(step, **compile_options)
-    return ExportedDecoder(prefill.module(), step, length, manifest)
+    return ExportedDecoder(prefill.module(), step, cache, manifest)
 
 
 def _load_packages(paths: dict[str, Path], manifest: Manifest, folder: Path) -> ExportedDecoder:
@@ -281,7 +323,8 @@ def _load_packages(paths: dict[str, Path], manifest: Manifest, folder: Path) -> 
             raise ValueError(f"{paths['state']}: lacks {missing[0]!r}, which {program} needs. {_RESTORE}.")
         package.load_constants({name: state[name] for name in names}, check_full_update=True, user_managed=True)
         steps.append(package)
-    decoder = ExportedDecoder(*steps, state[LENGTH_NAME], manifest)
+    cache = {name: tensor for name, tensor in state.items() if name.startswith(CACHE_PREFIX)}
+    decoder = ExportedDecoder(*steps, cache, manifest)
     decoder._state = state  # the packages only point to it
     return decoder
 
@@ -301,7 +344,10 @@ def _check_sizes(tensors: dict[str, Tensor], place: str, manifest: Manifest, fol
     batch, slots = manifest.batch_size, manifest.max_cache_len
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
-        if name.startswith(CACHE_PREFIX) and name != LENGTH_NAME and (shape[0], shape[2]) != (batch, slots):
+        if not name.startswith(CACHE_PREFIX) or name == LENGTH_NAME:
+            continue
+        sizes = {SEEN_NAME: {0: batch}, VISIBLE_NAME: {0: batch, 1: slots}}.get(name, {0: batch, 2: slots})
+        if any(shape[axis : axis + 1] != (size,) for axis, size in sizes.items()):
             raise ValueError(
                 f"folder={str(folder)!r}: manifest.json says batch_size={batch} and max_cache_len={slots}, but {name} "
                 f"of {place} is {shape}. {_RESTORE}."

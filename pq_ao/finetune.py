@@ -60,7 +60,7 @@ class FinetuneConfig:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a whole number of at least {least} is required.")
         for name in ("learning_rate", "weight_learning_rate", "end_to_end_rate"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a finite number of at least 0 is required.")
         if self.compile not in (None, True, False):
             raise ValueError(f"FinetuneConfig: compile={self.compile!r}; True, False or None is required.")
@@ -126,7 +126,7 @@ class Finetuner:
             epochs=config.epochs,
             batch_size=config.batch_size,
             rates=(config.learning_rate, config.weight_learning_rate),
-            seed=self.seed * 1_000_003 + index,
+            seed=(self.seed * 1_000_003 + index) % 2**63,  # torch takes no larger one
             title=f"fine-tuning block {index}",
             progress=self.progress,
         )

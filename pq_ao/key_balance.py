@@ -68,7 +68,7 @@ def _best_factors(queries: Tensor, keys: Tensor, kv: KVQuantizer, rotated: bool)
     """Factors [G, D] and, by head, the exponent that they come from."""
     keys = keys - keys.mean(dim=1, keepdim=True)  # as the quantizer's shift does
     sizes = [_pair_rms(x).clamp_min(1e-20) for x in (keys, queries)]
-    best = torch.ones(keys.shape[0], keys.shape[2], device=keys.device)
+    best = keys.new_ones(keys.shape[0], keys.shape[2])
     lowest = _score_error(queries, keys, kv, rotated)
     chosen = torch.zeros_like(lowest)
     for exponent in _EXPONENTS:

@@ -70,12 +70,12 @@ class CalibratedLinear(FixedDtype, nn.Linear):
 
         Returns:
             [..., N] in the model's dtype and (); or accumulators [..., N], see `unscaled_linear`, and (scale [N], bias
-            [N] or None, the model's dtype).
+            [N] or None).
         """
         if self.path is Path.INTEGER:
             raw = unscaled_linear(x.qdata, x.scale, self.weight.qdata, self.weight.scale, self.fixed_dtype)
             if raw is not None:
-                return raw[0], (raw[1], self.bias, self.fixed_dtype)
+                return raw[0], (raw[1], self.bias)
         return self(x), ()
 
     def pack_(self) -> None:

@@ -7,8 +7,9 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ _CONVERSATION = (
 
 
 class PrefixWarning(UserWarning):
-    """Outlier tokens are left although a prefix is in place, or a kind of input could not be checked."""
+    """Outlier tokens are left although a prefix is in place."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PrefixReport:
 
     Attributes:
         prefix_ids: the prefix in use; empty where the scheme has none.
-        rule_ids: what the rule alone gives; None where the user chose the prefix.
+        rule_ids: what the rule alone gives, more than is needed perhaps; None where the user chose the prefix.
         statistics: see `OutlierStatistics`; None where the user chose the prefix.
         ratios_before, ratios_after: largest token ratio at a down_proj input, by kind of input, without and with
             the prefix.
@@ -92,7 +93,7 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
     """R_i = M_i / median(M) of every token at every layer, M_i its largest |activation| at the down_proj input.
 
     Args:
-        model: floating-point decoder, not rotated.
+        model: floating-point decoder, as it was loaded; of a rotated one, the input behind R4 is looked at.
         ids: int64 [T], one sequence.
         prefix_ids: real tokens put in front; their own ratios are dropped.
 
@@ -128,14 +129,12 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
     return maxima / maxima.median(dim=1, keepdim=True).values.clamp_min(1e-30)
 
 
-def outlier_statistics(
-    model: PreTrainedModel, windows: Tensor, threshold: float = OUTLIER_THRESHOLD, progress: bool = False
-) -> OutlierStatistics:
+def outlier_statistics(model: PreTrainedModel, windows: Tensor, progress: bool = False) -> OutlierStatistics:
     """Counts outlier tokens over calibration windows, int64 [N, T], one sequence at a time."""
     counts, frequencies, largest = [], Counter(), 0.0
     for ids in tqdm(windows, desc="finding outlier tokens", unit="sequence", disable=not progress):
         ratios = token_ratios(model, ids)
-        outlier = ratios > threshold
+        outlier = ratios > OUTLIER_THRESHOLD
         counts.append(outlier.sum(dim=1).double())
         largest = max(largest, float(ratios.max()))
         _, positions = outlier[:, 1:].nonzero(as_tuple=True)
@@ -212,7 +211,8 @@ def find_prefix(
 ) -> PrefixReport:
     """Chooses the prefix by the rule, checks it on four kinds of input, and mends it where it does not hold.
 
-    A prefix that is only BOS makes a leading BOS of the text an outlier again; an ordinary token beside it cures that.
+    Tokens of the rule that the others make superfluous are left out. A prefix that is only BOS makes a leading BOS of
+    the text an outlier again; an ordinary token beside it cures that.
 
     Args:
         model: floating-point decoder, not rotated.
@@ -237,7 +237,7 @@ def find_prefix(
     else:
         statistics = outlier_statistics(model, windows, progress=progress)
         rule = prefix_by_rule(statistics, bos_id)
-        chosen = _mend(model, inputs, rule, _ordinary_tokens(tokenizer, windows))
+        chosen = _choose(model, inputs, windows, rule, _ordinary_tokens(tokenizer, windows))
     after = worst_ratios(model, inputs, chosen)
     failing = {kind: round(ratio, 1) for kind, ratio in after.items() if ratio > OUTLIER_THRESHOLD}
     if failing:
@@ -250,10 +250,29 @@ def find_prefix(
     return PrefixReport(chosen, rule, statistics, before, after)
 
 
-def _mend(
-    model: PreTrainedModel, inputs: dict[str, list[Tensor]], rule: tuple[int, ...], ordinary: list[int]
+def shorter_prefixes(rule: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The prefixes with some of the rule's tokens and its BOS, shortest first, then the more frequent tokens first."""
+    *tokens, bos_id = rule
+    for count in range(len(tokens)):
+        for kept in combinations(tokens, count):
+            yield (*kept, bos_id)
+
+
+def _choose(
+    model: PreTrainedModel,
+    inputs: dict[str, list[Tensor]],
+    windows: Tensor,
+    rule: tuple[int, ...],
+    ordinary: list[int],
 ) -> tuple[int, ...]:
-    """The rule's prefix, or the first that holds with an ordinary token beside BOS; the rule's where none does."""
+    """What of the rule's prefix is enough, or the rule's with an ordinary token beside BOS; the rule's if none holds.
+
+    A prefix is context that the text does not have: the shorter it is, the less it changes what the model says. To be
+    enough it must hold on all calibration windows, too, for the rule has seen all of them.
+    """
+    for trial in shorter_prefixes(rule):
+        if _holds(model, inputs, trial) and _holds(model, {"calibration": list(windows)}, trial):
+            return trial
     trials = [rule]
     for token in ordinary:
         trials += [(*rule, token), (*rule[:-1], token, rule[-1])]

@@ -92,7 +92,7 @@ def round_gptq(weight: Tensor, bits: int, inputs: LayerInputs) -> RoundedWeight:
     low, high = code_range(bits)
     for start in range(0, rest.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, rest.shape[1])
-        errors = torch.empty(rest.shape[0], stop - start, device=rest.device)
+        errors = rest.new_empty(rest.shape[0], stop - start)
         for column in range(start, stop):
             value = rest[:, column]
             rounded = torch.clamp(torch.round(value / scale), low, high) * scale

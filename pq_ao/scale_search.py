@@ -40,7 +40,7 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
         error = _clip_errors(sites, site, bits) if search == "tensor" else {}
     else:
         extent = sites.range(site)
-        target, start = quantizer.scale, float(absmax_scale(torch.tensor(extent.absmax), bits))
+        target, start = quantizer.scale, _absmax_scale(extent.absmax, bits)
         error = _scale_errors(extent, start, bits) if search == "tensor" else {}
     factor = 1.0
     if search == "tensor":
@@ -54,9 +54,13 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
 def best_scale(x: Tensor, bits: int) -> Tensor:
     """float32 scalar, the static scale of the least squared error of `x` itself."""
     absmax = float(x.abs().amax())
-    start = float(absmax_scale(torch.tensor(absmax), bits))
+    start = _absmax_scale(absmax, bits)
     errors = _scale_errors(SiteRange.of(x, absmax), start, bits)
-    return torch.tensor(start * min(errors, key=errors.__getitem__), device=x.device)
+    return x.new_tensor(start * min(errors, key=errors.__getitem__))
+
+
+def _absmax_scale(absmax: float, bits: int) -> float:
+    return float(absmax_scale(torch.tensor(absmax, dtype=torch.float32), bits))
 
 
 def _scale_errors(extent: SiteRange, start: float, bits: int) -> dict[float, float]:
@@ -76,7 +80,7 @@ def _clip_errors(sites: BlockSites, site: str, bits: int) -> dict[float, float]:
     for x in sites.inputs(site):
         x = x - shift
         for index, factor in enumerate(_CLIP_GRID):
-            restored = dequantize(*quantize_per_row(x, torch.full((1,), factor, device=x.device), bits))
+            restored = dequantize(*quantize_per_row(x, x.new_full((1,), factor), bits))
             errors[index] += (restored - x).square().sum(dtype=torch.float64)
     return dict(zip(_CLIP_GRID, errors.tolist(), strict=True))
 
@@ -128,7 +132,7 @@ def _search_heads(
     """
     kv = sites.attention.kv
     if kv.dynamic:
-        start, target = torch.ones(heads.shape[1], device=heads.device), kv.get_buffer(f"{name}_clip")
+        start, target = heads.new_ones(heads.shape[1]), kv.get_buffer(f"{name}_clip")
     else:
         start = absmax_scale(heads.abs().amax(dim=(0, 2, 3)), bits)
         target = kv.get_buffer(f"{name}_scale")
@@ -179,7 +183,7 @@ def search_keys(sites: BlockSites, bits: int, search: str) -> Found:
     targets = [outputs(*head) for head in heads]
 
     def loss(restore: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(groups, device=shift.device)
+        total = shift.new_zeros(groups)
         for (query, key, value), target in zip(heads, targets, strict=True):
             total += (outputs(query, restore(key), value) - target).square().sum(dim=(1, 2))
         return total

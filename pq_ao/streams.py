@@ -18,7 +18,6 @@ STORAGES: tuple[Storage, ...] = ("device", "host", "disk")
 # tokens that run through a block at once: bounds the memory of its activations
 _TOKENS_AT_ONCE = 8192
 
-
 # each further multiple of it, modulo 1, falls into the largest gap that those before have left
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -93,7 +92,7 @@ class Stream:
         at_home = chosen if isinstance(chosen, slice) else chosen.to(self.hidden.device)
         hidden = self.hidden[at_home].to(self.device)
         positions = self.first_positions[chosen, None] + torch.arange(hidden.shape[1])
-        return Sequences(hidden, self.rotary(torch.empty(0, device=self.device), positions.to(self.device)))
+        return Sequences(hidden, self.rotary(self.hidden.new_empty(0, device=self.device), positions.to(self.device)))
 
     def batches(self, limit: int | None = None) -> Iterator[Sequences]:
         """The first `limit` sequences, some at a time."""
@@ -117,9 +116,9 @@ class Stream:
 
 def _room(shape: tuple[int, ...], device: torch.device, storage: Storage) -> Tensor:
     if storage == "device":
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
     if storage == "host":
-        return torch.empty(shape, pin_memory=device.type == "cuda")
+        return torch.empty(shape, dtype=torch.float32, pin_memory=device.type == "cuda")
     size = torch.Size(shape).numel()
     handle, path = tempfile.mkstemp(prefix="pq_ao-hidden-")
     try:

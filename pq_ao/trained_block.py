@@ -67,7 +67,7 @@ class BlockFrame:
             if factor.endswith(("scale", "clip"))
         ]
         for linear in linears_of(self.block).values():  # a place for a bias, whether or not the model has one
-            linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device))
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         for quantizer in quantizers.values():
             quantizer.path = Path.REFERENCE
 

@@ -28,7 +28,7 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     add_data_options(group)
     add = group.add_argument
-    add("--context", type=count, metavar="N", help="positions to calibrate for (default: all that the model has)")
+    add("--context", type=count, metavar="N", help="positions to calibrate for (default: those covered four times)")
     add("--balance", action=switch, default=True, help="of the inner channels of blocks")
     add("--search", choices=SEARCHES, default="tensor", help="objective of scales (default: %(default)s)")
     add("--rounding", choices=tuple(ROUNDINGS), default="nearest", help="of weights (default: %(default)s)")

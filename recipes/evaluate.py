@@ -132,6 +132,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     local = [name for name in arguments.tasks if name.endswith("_local")]
     if local and arguments.task_data is None:
         parser.error(f"--tasks {local[0]}: its records are local; add --task-data FOLDER")
+    idle = [name for name in ("task_data", "limit") if getattr(arguments, name) is not None and not arguments.tasks]
+    if idle:
+        parser.error(f"--{idle[0].replace('_', '-')}: without effect here; add --tasks, or leave it out")
     if arguments.task_data is not None and local != arguments.tasks:
         parser.error("--task-data: is for the tasks called *_local; name only these in --tasks")
     return arguments

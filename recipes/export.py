@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         arguments.batch_size,
         arguments.max_cache_len,
         max_prefill_len=arguments.max_prefill_len,
+        padded=arguments.padded,
         strict=arguments.strict,
         backend=arguments.backend,
     )
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         replace_file(output / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True).encode())
 
     size = sum(file.bytes for file in manifest.files.values())
-    print(f"\nbackend {manifest.backend}, for {manifest.device}; batches of {manifest.batch_size}; prompt and reply")
+    batches = f"batches of {manifest.batch_size}{', with padding' if manifest.padded else ''}"
+    print(f"\nbackend {manifest.backend}, for {manifest.device}; {batches}; prompt and reply")
     print(f"up to {manifest.max_cache_len:,} tokens together; {manifest.cache_bytes:,} bytes of cache when it runs")
     print(f"written to {output}, {size:,} bytes, after {time.perf_counter() - started:.1f} s")
     if manifest.batch_size == 1 and tokenizer.is_fast:
@@ -61,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=count, default=1, metavar="N", help="rows of every batch (default: %(default)s)")
     add("--max-cache-len", type=count, default=2048, metavar="N", help="prompt and reply (default: %(default)s)")
     add("--max-prefill-len", type=count, metavar="N", help="of one call, others take several (default: the cache)")
+    add("--padded", action="store_true", help="rows may begin with padding, which a mask tells")
     add("--backend", choices=tuple(FILES), default="export", help="aoti: packages for CPUs (default: %(default)s)")
     add("--strict", action="store_true", help="torch.export's strict mode")
     return parser.parse_args(argv)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pq_ao
 from pq_ao.evaluation import PerplexityResult
 from pq_ao.plots import plot_finetuning
-from recipes.calibration_options import NAMED, add_calibration_options, calibrate_arguments, config_of
+from recipes.calibration_options import NAMED, add_calibration_options, calibrate_arguments, config_of, file_text
 from recipes.models import add_original_options, check_output, load_original
 from recipes.quantize import add_head_option, calibrated, saved
 from recipes.terminal import count, plain, run, step, write_json
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # what can be wrong with the arguments shows before the work begins
     config = config_of(arguments)
     calibrate_arguments(arguments)
+    if arguments.corpus is not None and arguments.corpus not in NAMED:
+        file_text("--corpus", arguments.corpus)
     output = Path(arguments.output)
     check_output(output / "checkpoint")
     output.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         before, after = record.end_to_end["before"], kept_error(record.end_to_end)
         print(f"end to end: {before:.3e} before, {after:.3e} after, epoch {record.end_to_end['kept']}")
     results = {
-        "model": folder.name,
+        "model": folder.resolve().name,
         "data": [Path(source).name for source in arguments.data],
         "device": str(arguments.device),
         "versions": {"torch": torch.__version__, "pq_ao": pq_ao.__version__},
@@ -107,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--corpus", help="name or file to measure perplexity on (default: evaluation part of a named --data)")
     add("--eval-length", type=count, default=2048, help="tokens of a window of it (default: %(default)s)")
     add("--windows", type=count, help="the first so many (default: all)")
-    parser.set_defaults(finetune=True, rounding="gptq", num_sequences=64, sequence_length=512)
+    parser.set_defaults(finetune=True, rounding="gptq", num_sequences=64, sequence_length=2048)
     arguments = parser.parse_args(argv)
 
     if not set(arguments.data) & set(NAMED) and arguments.corpus is None:

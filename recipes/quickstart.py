@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from pq_ao.evaluation import PerplexityResult
 from pq_ao.plots import plot_outliers
 from pq_ao.prefix import OUTLIER_THRESHOLD, token_ratios
 from recipes.smollm2 import smollm2_folder
+from recipes.terminal import count, run, step, whole
 
 QUESTION = "What is the capital of France?"
 REPLY_CACHE = 512  # tokens of question and reply
@@ -109,11 +109,6 @@ class Quickstart:
         return plot_outliers(*ratios, Path(self.arguments.output) / "outliers.png", threshold=OUTLIER_THRESHOLD)
 
 
-def step(what: str) -> None:
-    """Announces a step above its progress bars."""
-    print(f"-- {what}", file=sys.stderr, flush=True)
-
-
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, new_tokens: int) -> None:
     """Streams the model's answer to stdout, from a packed cache."""
     text = question
@@ -171,16 +166,16 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
     original_bytes = sum(parameter.nbytes for parameter in model.parameters())
     ready = time.perf_counter() - started
 
-    run = Quickstart(model, tokenizer, arguments)
+    quickstart = Quickstart(model, tokenizer, arguments)
     config = pq_ao.prefixquant_config()  # w4a4kv4, static
     step(f"{PREFIXQUANT}: calibration")
-    quantized = run.calibrate(config)
+    quantized = quickstart.calibrate(config)
     prefix_ids = quantized.calibration_record.prefix.prefix_ids
-    run.compare_float(quantized)
+    quickstart.compare_float(quantized)
     quantize_(quantized, config)
-    run.compare_quantized(PREFIXQUANT, quantized)
+    quickstart.compare_quantized(PREFIXQUANT, quantized)
     step("picture of the outlier tokens")
-    picture = run.picture(prefix_ids)
+    picture = quickstart.picture(prefix_ids)
     others = {
         PREFIXQUANT_A8: (pq_ao.prefixquant_config("w4a8kv4"), prefix_ids),  # the prefix does not depend on the bits
         STATIC: (pq_ao.prefixquant_config(prefix=False), None),
@@ -188,19 +183,19 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
     }
     for name, (config, prefix) in others.items():
         step(f"{name}: calibration")
-        other = run.calibrate(config, prefix_ids=prefix)
+        other = quickstart.calibrate(config, prefix_ids=prefix)
         quantize_(other, config)
-        run.compare_quantized(name, other)
+        quickstart.compare_quantized(name, other)
 
     print(f"\n{origin(folder)}, {model.dtype}, calibrated on {arguments.sequences} x {arguments.length} tokens.")
     print(
         f"ppl: {arguments.windows} x {arguments.eval_length} tokens of the other half of Python's language reference;"
     )
     print(f"weights: linears of the decoder blocks; KV cache: 1 x {MEASURED_CACHE} tokens, with the prefix.\n")
-    print(table(run.rows))
+    print(table(quickstart.rows))
 
     print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {PREFIXQUANT} is asked: {QUESTION}")
-    del model, other, run.model  # what is counted below is the quantized model alone
+    del model, other, quickstart.model  # what is counted below is the quantized model alone
     replying = time.perf_counter()
     reply(quantized, tokenizer, QUESTION, arguments.new_tokens)
     replied = time.perf_counter()
@@ -210,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
     print(f"the weights of the bf16 model alone: {megabytes(original_bytes)}.")
     print(f"Picture of the outlier tokens: {os.path.relpath(picture)}")
     print(f"Model ready after {ready:.1f} s, everything after {time.perf_counter() - started:.1f} s.")
-    return run.rows
+    return quickstart.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -218,15 +213,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize a small model, compare, and let it answer.")
     parser.add_argument("--model", help="a local folder or a hub id (default: SmolLM2-135M-Instruct, hub or PyPI)")
     parser.add_argument("--output", default="out/quickstart", help="folder of the picture (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=8, help="of calibration (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=6, help="of evaluation (default: %(default)s)")
-    parser.add_argument("--eval-length", type=int, default=512, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of the reply (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of rotation and windows (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--sequences", type=count, default=8, help="of calibration (default: %(default)s)")
+    parser.add_argument("--length", type=count, default=256, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--windows", type=count, default=6, help="of evaluation (default: %(default)s)")
+    parser.add_argument("--eval-length", type=count, default=512, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=count, default=64, help="of the reply (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of rotation and windows (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="of torch (default: its own choice)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

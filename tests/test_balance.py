@@ -51,16 +51,16 @@ def test_block_stays_the_same_function_of_text_behind_the_same_prefix(make_tiny,
 @torch.no_grad()
 def test_outlier_channels_are_taken_back(make_tiny):
     """Behind it, what is quantized is spread as if those channels had never been made."""
-    kurtosis = {}
+    spread = {}
     for name, prepare in (("plain", lambda model: model), ("outliers", _with_outlier_channels)):
         sites, rotation = first_block(prepare(make_tiny("llama")), prefixquant_config(), IDS)
         if name == "outliers":
-            kurtosis["unbalanced"] = _spread(sites)
+            spread["unbalanced"] = _spread(sites)
         balance_block(sites, rotation)
-        kurtosis[name] = _spread(sites)
+        spread[name] = _spread(sites)
     for site in ("o_in", "down_in"):
-        assert kurtosis["outliers"][site] < 1.2 * kurtosis["plain"][site]
-        assert kurtosis["outliers"][site] < 0.8 * kurtosis["unbalanced"][site]
+        assert spread["outliers"][site] < 1.2 * spread["plain"][site]
+        assert spread["outliers"][site] < 0.8 * spread["unbalanced"][site]
 
 
 def _spread(sites):

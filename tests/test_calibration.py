@@ -1,6 +1,7 @@
 """`calibrate`: determinism, what it finds, and what it refuses before it touches the model."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_record_tells_what_was_done(make_tiny, tiny_tokenizer, english):
     model = make_tiny("llama")
     record = _calibrate(model, tiny_tokenizer, english)
     assert model.calibration_record is record
-    assert record.prefix.prefix_ids[-1:] == (tiny_tokenizer.bos_token_id,) or len(record.prefix.prefix_ids) > 1
+    assert tiny_tokenizer.bos_token_id in record.prefix.prefix_ids
     assert len(record.scales) == 2 and record.seconds > 0 and record.search == "tensor"
     for scales in record.scales:
         for site in SITES:
@@ -110,7 +111,12 @@ def test_key_and_value_scales_reach_the_module(make_tiny, tiny_tokenizer, englis
         ({"data": ["too short"]}, "too short|tokens"),
         ({"data": []}, "data|source|empty"),
         ({"data": ["  "]}, "empty|text"),
-        ({"num_sequences": 0}, "num_sequences"),
+        ({"num_sequences": 0}, "num_sequences=0"),
+        # the windows that fine-tuning holds out do not make up for them
+        ({"num_sequences": 0, "finetune": pq_ao.FinetuneConfig()}, "num_sequences=0"),
+        ({"num_sequences": -2, "finetune": pq_ao.FinetuneConfig()}, "num_sequences=-2"),
+        ({"sequence_length": 0}, "sequence_length=0"),
+        ({"seed": -1}, "seed=-1"),
         ({"prefix_ids": (999,)}, "999"),
         ({"prefix_ids": (1,), "config": pq_ao.prefixquant_config(prefix=False)}, "prefix_ids"),
     ],
@@ -125,6 +131,48 @@ def test_wrong_arguments_leave_the_model_untouched(make_tiny, tiny_tokenizer, en
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not any(isinstance(module, CalibratedLinear) for module in model.modules())
+
+
+def test_advice_on_too_little_text_holds_with_windows_held_out(make_tiny, tiny_tokenizer):
+    options = SMALL | {"finetune": pq_ao.FinetuneConfig(epochs=1, validation_sequences=2), "search": "none"}
+    words = ["The quick brown fox jumps over the lazy dog. " * 40]
+    with pytest.raises(ValueError, match="needed, but the text") as raised:
+        pq_ao.calibrate(make_tiny("llama"), tiny_tokenizer, data=words, **(options | {"num_sequences": 50}))
+    fewer = 50 - int(re.search(r"lower num_sequences by (\d+)", str(raised.value))[1])
+    record = pq_ao.calibrate(make_tiny("llama"), tiny_tokenizer, data=words, **(options | {"num_sequences": fewer}))
+    assert record.num_sequences == fewer > 0
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_sequences": "4"}, {"sequence_length": 64.0}, {"seed": None}, {"balance": 1}, {"balance": "no"}]
+)
+def test_arguments_of_a_wrong_type_are_named(make_tiny, tiny_tokenizer, english, kwargs):
+    ((name, value),) = kwargs.items()
+    with pytest.raises(TypeError, match=f"^{name}={value!r} is a {type(value).__name__}"):
+        _calibrate(make_tiny("llama"), tiny_tokenizer, english, **kwargs)
+
+
+def test_record_names_a_file_without_its_folder(make_tiny, tiny_tokenizer, english, tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("\n\n".join(english), encoding="utf-8")
+    for data in (path, str(path)):
+        record = pq_ao.calibrate(make_tiny("llama"), tiny_tokenizer, data=data, search="none", **SMALL)
+        assert record.data == "train.txt"
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_default_dtype_of_torch_changes_nothing(make_tiny, tiny_tokenizer, english, mode):
+    models = [make_tiny("qwen2", dtype=torch.bfloat16) for _ in range(3)]
+    options = {"rounding": "gptq", "finetune": pq_ao.FinetuneConfig(epochs=1, validation_sequences=2)}
+    for model, dtype in zip(models, (torch.float32, torch.float64, torch.bfloat16), strict=True):
+        torch.set_default_dtype(dtype)
+        try:
+            _calibrate(model, tiny_tokenizer, english, pq_ao.prefixquant_config(mode=mode), **options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    first, *others = map(_state, models)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

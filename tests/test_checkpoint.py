@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
 from transformers import AutoModel, AutoModelForCausalLM
 
 import pq_ao
+from benchmarks.loading import FloatSizes
 from pq_ao import prefixquant_config
 from pq_ao.modules import attention_modules, path_switches
 from pq_ao.quantizers import Path as Arithmetic
@@ -283,40 +283,12 @@ class TestLoading:
         assert texts[0].shape[1] > prompt.shape[1]
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_compiled_it_computes_what_the_saved_model_did(folder):
-    model, loaded = tiny(dtype=torch.bfloat16), AutoModelForCausalLM.from_pretrained(folder)
-    compiled = torch.compile(loaded, fullgraph=True, options={"emulate_precision_casts": True})
-    caches = [pq_ao.PrefixStaticCache(each, batch_size=2, max_cache_len=32) for each in (model, loaded)]
-    expected = model(IDS, past_key_values=caches[0]).logits
-    assert torch.equal(compiled(input_ids=IDS, past_key_values=caches[1]).logits, expected)
-    for first, second in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert torch.equal(first.keys, second.keys) and torch.equal(first.values, second.values)
-
-
-class _FloatSizes(TorchDispatchMode):
-    """Sizes of all floating-point tensors with memory that ops gave."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta":
-                if tensor.is_floating_point():
-                    self.sizes.add(tensor.numel())
-        return out
-
-
 class TestMemory:
     def test_no_float_weight_of_a_quantized_linear(self, tmp_path, monkeypatch):
         """Every tensor that loading makes is seen, for it loads in this thread."""
         monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
         tiny(dtype=torch.bfloat16).save_pretrained(tmp_path)
-        with _FloatSizes() as seen:
+        with FloatSizes() as seen:
             AutoModelForCausalLM.from_pretrained(tmp_path)
         smallest_linear = 48 * 96
         assert {size for size in seen.sizes if size >= smallest_linear} == {300 * 96}  # embedding and head

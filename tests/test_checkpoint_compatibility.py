@@ -47,6 +47,17 @@ def test_accumulators(model, expected):
     assert torch.equal(model.lm_head.weight.qdata.sum(dim=1, dtype=torch.int32), expected["lm_head.codes_sum"])
 
 
+def test_a_flipped_bit_is_seen(tmp_path):
+    """Of these too: they always had the fingerprint."""
+    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    (path,) = folder.glob("model-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: the tensors are not those that were saved"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 @torch.no_grad()
 def test_greedy_tokens(model, expected):
     ids, tokens = expected["input_ids"], expected["greedy_tokens"]

@@ -44,6 +44,12 @@ def sharded(originals, tmp_path) -> Path:
     return shutil.copytree(originals["sharded"], tmp_path / "model")
 
 
+@pytest.fixture
+def sharded_copy(originals, tmp_path) -> Path:
+    """Beside `single`."""
+    return shutil.copytree(originals["sharded"], tmp_path / "sharded")
+
+
 def change_tensors(folder: Path, change: Callable[[dict], None], file: str = "model.safetensors") -> None:
     path = folder / file
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -244,6 +250,35 @@ class TestTensors:
 
         change_tensors(single, put(name, spoil))
         refused(single, rf"tensor '{name}' holds NaN or Inf")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            f"{QUERY}.weight",
+            f"{QUERY}.weight_scale",
+            f"{QUERY}.bias",
+            f"{NORM}.shift",
+            "model.layers.0.self_attn.prefix_v",
+            "model.embed_tokens.weight",
+        ],
+    )
+    def test_a_flipped_bit(self, single, sharded_copy, name):
+        """The last of a mantissa, or one of a code: a number like any other."""
+        for folder in (single, sharded_copy):
+            path = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+            content = bytearray(path.read_bytes())
+            start = 8 + int.from_bytes(content[:8], "little")
+            begin, end = json.loads(content[8:start])[name]["data_offsets"]
+            content[start + (begin + end) // 8 * 4] ^= 1
+            path.write_bytes(content)
+            refused(folder, rf"{path.name}.*: the tensors are not those that were saved .*Copy the checkpoint again")
+
+    def test_two_tensors_in_each_other_s_place(self, single):
+        names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(2)]
+        change_tensors(
+            single, lambda tensors: tensors.update(zip(names, [tensors[name] for name in names[::-1]], strict=True))
+        )
+        refused(single, "are not those that were saved")
 
     def test_a_tensor_in_two_shards(self, sharded):
         first, second = sorted(path.name for path in sharded.glob("*.safetensors"))[:2]

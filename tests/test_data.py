@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -29,14 +28,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=8)
-
-
-@pytest.fixture(scope="module")
-def data_folder() -> Path:
-    folder = os.environ.get("PQ_AO_DATA")
-    if not folder:
-        pytest.skip("PQ_AO_DATA does not name the folder of evaluation data")
-    return Path(folder)
 
 
 def write(path: Path, text: str) -> Path:
@@ -242,7 +233,7 @@ class TestTokenWindows:
 
     def test_too_few_windows(self, tokenizer):
         with pytest.raises(
-            ValueError, match="num_sequences=4.*25 tokens.*2 windows.*lower num_sequences to 2.*length to 6"
+            ValueError, match="4 windows of sequence_length=10.*25 tokens, which is 2.*num_sequences by 2.*length to 6"
         ):
             token_windows(tokenizer, "x" * 25, 4, 10, 0)
 
@@ -259,7 +250,7 @@ class TestTokenWindows:
             token_windows(tokenizer, "x", 1, 0, 0)
 
     def test_more_windows_asked_for_than_tokens(self, tokenizer):
-        with pytest.raises(ValueError, match="3 windows"):
+        with pytest.raises(ValueError, match="3 windows; lower num_sequences by 97, or give more text"):
             token_windows(tokenizer, "abc", 100, 1, 0)
 
     def test_no_tokenizer(self):

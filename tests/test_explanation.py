@@ -308,5 +308,5 @@ def test_explain_says_which_kernels_serve_how_many_tokens(calibrated, monkeypatc
     monkeypatch.setattr("pq_ao.explanation.capability_of", lambda device: (9, 0))
     text = explain(model)
     spans = next(line for line in text.splitlines() if line.startswith("kernels by tokens"))
-    assert "1 to 4 dp4a, 5 to 1024 tile, 1025 and more e4m3" in spans and f"{WIDTH} x {MLP}" in spans
+    assert "1 to 4 dp4a, 5 to 2048 tile, 2049 and more e4m3" in spans and f"{WIDTH} x {MLP}" in spans
     assert "  e4m3: " in text and "int_mm" not in text

@@ -5,7 +5,7 @@ import torch
 
 import pq_ao
 from pq_ao.export import export_decoder
-from pq_ao.exported import LENGTH_NAME, cache_names
+from pq_ao.exported import LENGTH_NAME, SEEN_NAME, VISIBLE_NAME, cache_names
 from tests.checkpoints import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +82,80 @@ def test_a_long_prompt_runs_in_several_calls_of_prefill(case):
     decoder = programs.decoder()
     assert torch.equal(decoder.prefill(ids[:, :25]), expected)
     assert decoder.held == 25
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """A model, programs with padding, ids and mask of three rows of unequal length."""
+    model = tiny("qwen3", dtype=torch.bfloat16, num_hidden_layers=1)
+    ids = torch.randint(3, 300, (3, 30), generator=torch.Generator().manual_seed(8))
+    mask = torch.arange(30) >= torch.tensor([[12], [0], [29]])
+    programs = export_decoder(model, 3, SLOTS, max_prefill_len=11, padded=True)
+    return model, programs, ids.where(mask, 2), mask
+
+
+@torch.no_grad()
+def test_padded_rows_give_the_logits_of_the_model_bit_by_bit(padded):
+    model, programs, ids, mask = padded
+    decoder, cache = programs.decoder(), pq_ao.PrefixStaticCache(model, 3, SLOTS)
+    visible = torch.ones(3, SLOTS, dtype=torch.bool)
+    visible[:, :30] = mask
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    for part in torch.arange(30).split(11):
+        expected = model(
+            ids[:, part], attention_mask=visible, position_ids=positions[:, part], past_key_values=cache
+        ).logits[:, -1]
+    assert torch.equal(decoder.prefill(ids, mask), expected)
+    following = positions[:, -1:]
+    for token in (5, 77, 123):
+        tokens, following = torch.full((3,), token), following + 1
+        expected = model(tokens[:, None], attention_mask=visible, position_ids=following, past_key_values=cache).logits
+        assert torch.equal(decoder.decode(tokens), expected[:, -1])
+    assert torch.equal(decoder.cache[VISIBLE_NAME], visible)
+    assert torch.equal(decoder.cache[SEEN_NAME], following + 1)
+
+
+def test_a_padded_row_is_continued_as_it_is_alone(padded):
+    model, programs, ids, mask = padded
+    decoder = programs.decoder()
+    replies = decoder.generate(ids, 24, mask, **NO_END)
+    assert torch.equal(replies, decoder.generate(ids, 24, mask.long(), **NO_END))  # its state is forgotten
+    for row in range(3):
+        prompt = ids[row : row + 1, mask[row]]
+        assert torch.equal(replies[row, 30:], _eager(model, prompt, 24)[0, prompt.shape[1] :])
+    expected = _eager(model, ids, 24)
+    assert torch.equal(decoder.generate(ids, 24, **NO_END), expected)  # without a mask every token counts
+
+
+def test_padded_programs_of_aten_alone(padded):
+    """Those that packages are compiled of."""
+    model, programs, ids, mask = padded
+    plain = export_decoder(model, 3, SLOTS, padded=True, backend="aoti")
+    targets = [node.target for node in plain.prefill.graph.nodes if node.op == "call_function"]
+    assert {op.namespace for op in targets if isinstance(op, torch._ops.OpOverload)} == {"aten"}
+    assert torch.equal(plain.decoder().generate(ids, 12, mask), programs.decoder().generate(ids, 12, mask))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 5), r"attention_mask: got shape \(3, 5\); it must be that of input_ids, \(3, 4\)"),
+        (torch.tensor([[1, 1, 1, 0]] * 3), "zeros may stand on the left only"),
+        (torch.tensor([[1, 0, 1, 1]] * 3), "zeros may stand on the left only"),
+        (torch.zeros(3, 4), "zeros may stand on the left only"),
+    ],
+)
+def test_wrong_masks_are_refused(padded, mask, message):
+    with pytest.raises(ValueError, match=message):
+        padded[1].decoder().prefill(torch.full((3, 4), 7), mask)
+
+
+def test_programs_without_padding_say_so(llama):
+    decoder, ids, mask = llama[1].decoder(), IDS[:1, :4], torch.tensor([[0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="know no padding; export the model with padded=True"):
+        decoder.generate(ids, 4, mask)
+    expected = decoder.generate(ids, 4)
+    assert torch.equal(decoder.generate(ids, 4, torch.ones(1, 4)), expected)
 
 
 def test_programs_hold_plain_tensors_and_known_ops_alone(case):

@@ -12,6 +12,7 @@ MANIFEST = Manifest(
     batch_size=1,
     max_cache_len=64,
     max_prefill_len=32,
+    padded=True,
     vocab_size=300,
     logits=[1, 300],
     dtype="bfloat16",
@@ -69,11 +70,18 @@ def test_other_versions_are_refused(tmp_path, version, message):
         ("max_prefill_len", -1), ("vocab_size", 2.5), ("logits", [1]), ("logits", [1, 0]), ("dtype", "int4"),
         ("dtype", {}), ("device", "cuda:0"), ("cache_bytes", None), ("eos_token_ids", 2), ("eos_token_ids", [-1]),
         ("pad_token_id", None), ("torch", 2), ("files", []),
+        ("padded", None), ("padded", 1),
     ],
 )  # fmt: skip
 def test_a_field_with_a_value_that_is_not_allowed_is_named(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"manifest.json: {name}=.*must be .*export the model again"):
         read_manifest(_write(tmp_path, **{name: value}))
+
+
+def test_version_1_knew_no_padding(tmp_path):
+    assert read_manifest(_write(tmp_path, format_version=1, padded=...)) == replace(MANIFEST, padded=False)
+    with pytest.raises(ValueError, match="lacks padded"):
+        read_manifest(_write(tmp_path, padded=...))
 
 
 def test_missing_and_unknown_fields_are_named(tmp_path):

@@ -51,10 +51,11 @@ def test_a_missing_tokenizer_is_named(folder, tmp_path):
 
 
 def test_export_says_how_to_run_what_it_wrote(checkpoint, tmp_path, capsys):
-    settings = "--batch-size 2 --max-cache-len 32 --max-prefill-len 8 --device cpu".split()
+    settings = "--batch-size 2 --max-cache-len 32 --max-prefill-len 8 --padded --device cpu".split()
     manifest = export.main([str(checkpoint), "--output", str(tmp_path / "two"), *settings])
-    assert (manifest.batch_size, manifest.max_prefill_len) == (2, 8)
+    assert (manifest.batch_size, manifest.max_prefill_len, manifest.padded) == (2, 8, True)
     printed = capsys.readouterr().out
+    assert "batches of 2, with padding" in printed
     assert f"load_exported({str(tmp_path / 'two')!r})" in printed and "run_exported" not in printed
     assert f"{sum(file.bytes for file in manifest.files.values()):,} bytes" in printed
     with pytest.raises(SystemExit, match="batches of 2; export with 1"):

@@ -58,20 +58,16 @@ def _edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
 
 
-def _program(folder, name):
+def program_file(folder: Path, name: str) -> Path:
+    """Of "prefill", "decode" or "state"."""
     return folder / json.loads((folder / MANIFEST_NAME).read_bytes())["files"][name]["file"]
 
 
-def _vouch_for(folder, name):
+def vouch_for(folder: Path, name: str) -> None:
     """Makes the manifest agree with a file that was changed."""
-    path, facts = _program(folder, name), json.loads((folder / MANIFEST_NAME).read_bytes())
+    path, facts = program_file(folder, name), json.loads((folder / MANIFEST_NAME).read_bytes())
     facts["files"][name] |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     (folder / MANIFEST_NAME).write_text(json.dumps(facts))
-
-
-def sqnr(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Signal to error in dB, infinite where they are equal."""
-    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
 
 
 def test_a_process_without_torchao_and_transformers_gives_the_same_tokens(model, exported):
@@ -116,7 +112,7 @@ def test_weights_are_held_once(exported, model):
     assert large.manifest.cache_bytes > 390_000
     large.save(folder.parent / "large")
     size = {
-        (where, name): _program(where, name).stat().st_size
+        (where, name): program_file(where, name).stat().st_size
         for where in (folder, folder.parent / "large")
         for name in ("prefill", "decode")
     }
@@ -144,55 +140,9 @@ def test_decode_can_be_compiled(exported):
     assert torch.equal(decoder.generate(IDS, 16, **NO_END), programs.decoder().generate(IDS, 16, **NO_END))
 
 
-@pytest.fixture(scope="module")
-def packages(model, tmp_path_factory):
-    """A folder of AOTInductor packages; half a minute."""
-    folder = tmp_path_factory.mktemp("packages")
-    programs = pq_ao.export_decoder(model, 1, 48, backend="aoti")
-    for program in (programs.prefill, programs.decode):
-        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-        assert {op.namespace for op in targets if isinstance(op, torch._ops.OpOverload)} == {"aten"}
-    programs.save(folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_packages_share_one_cache_and_give_the_same_tokens_alone(exported, packages):
-    decoder, expected = load_exported(packages), load_exported(exported[1])
-    tokens = [torch.tensor([token]) for token in (17, 4, 250)]
-    steps = [("prefill", IDS), *(("decode", token) for token in tokens), ("prefill", IDS)]  # the last one appends
-    for name, ids in steps:  # other kernels: sums in another order
-        assert sqnr(getattr(decoder, name)(ids), getattr(expected, name)(ids)) > 30
-    assert decoder.held == expected.held == int(decoder._length) == 25
-    tokens = [expected.generate(IDS[:, :length], 32, **NO_END).tolist() for length in (11, 2, 1)]
-    run = subprocess.run(
-        [sys.executable, "-c", ALONE, str(packages), json.dumps(IDS.tolist())], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == tokens
-
-
-@pytest.mark.slow
-def test_damaged_packages_are_refused(packages, tmp_path):
-    folder = Path(shutil.copytree(packages, tmp_path / "copy"))
-    with pytest.raises(ValueError, match="compile_options: packages of AOTInductor are compiled already"):
-        load_exported(folder, compile_options={})
-    state = torch.load(_program(folder, "state"), weights_only=True)
-    torch.save({name: tensor for name, tensor in state.items() if "lm_head" not in name}, _program(folder, "state"))
-    _vouch_for(folder, "state")
-    with pytest.raises(ValueError, match="lacks 'model.lm_head.weight', which prefill needs"):
-        load_exported(folder)
-    _program(folder, "state").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="has 10 bytes instead of"):
-        load_exported(folder)
-    _vouch_for(folder, "state")
-    with pytest.raises(ValueError, match="cannot load this file"):
-        load_exported(folder)
-
-
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_a_missing_program_is_named(folder, name):
-    path = _program(folder, name)
+    path = program_file(folder, name)
     path.unlink()
     with pytest.raises(ValueError, match=f"{path.name}: the file of {name} is missing.*export the model again"):
         load_exported(folder)
@@ -201,7 +151,7 @@ def test_a_missing_program_is_named(folder, name):
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_a_program_cut_short_or_changed_is_refused_before_it_is_loaded(folder, name, monkeypatch):
     monkeypatch.setattr(torch.export, "load", lambda path: pytest.fail("was loaded"))
-    path = _program(folder, name)
+    path = program_file(folder, name)
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=f"{path.name}: has .* bytes instead of"):
@@ -213,20 +163,20 @@ def test_a_program_cut_short_or_changed_is_refused_before_it_is_loaded(folder, n
 
 
 def test_a_file_that_is_no_program_is_refused(folder):
-    _program(folder, "decode").write_bytes(b"not a program")
-    _vouch_for(folder, "decode")
+    program_file(folder, "decode").write_bytes(b"not a program")
+    vouch_for(folder, "decode")
     with pytest.raises(ValueError, match="cannot load this file, which torch .* wrote .*Export the model again"):
         load_exported(folder)
 
 
 def test_programs_that_do_not_belong_together_are_refused(folder, tmp_path):
-    shutil.copy(_program(folder, "prefill"), _program(folder, "decode"))
-    _vouch_for(folder, "decode")
-    with pytest.raises(ValueError, match=r"decode: takes ids \(1, s\d+\) instead of \(1, 1\)"):
+    shutil.copy(program_file(folder, "prefill"), program_file(folder, "decode"))
+    vouch_for(folder, "decode")
+    with pytest.raises(ValueError, match=r"decode: takes tensors of \[\(1, s\d+\)\] instead of ids \(1, 1\)"):
         load_exported(folder)
     pq_ao.export_decoder(tiny("qwen2", hidden_size=48, num_hidden_layers=1), 1, 48).save(tmp_path / "other")
-    shutil.copy(_program(tmp_path / "other", "decode"), _program(folder, "decode"))
-    _vouch_for(folder, "decode")
+    shutil.copy(program_file(tmp_path / "other", "decode"), program_file(folder, "decode"))
+    vouch_for(folder, "decode")
     with pytest.raises(ValueError, match="decode: 'model.*', which is another tensor in prefill or none: the programs"):
         load_exported(folder)
 
@@ -236,6 +186,22 @@ def test_a_manifest_that_promises_more_room_is_refused(folder, change):
     _edit(folder, **change)
     with pytest.raises(ValueError, match="but cache_keys_0 of prefill is"):
         load_exported(folder)
+
+
+def test_a_manifest_that_promises_padding_is_refused(folder):
+    _edit(folder, padded=True)
+    with pytest.raises(ValueError, match=r"prefill: takes tensors of .* instead of ids and a mask \[1, L\]"):
+        load_exported(folder)
+
+
+def test_the_folder_of_an_older_version_loads(exported, folder):
+    path = folder / MANIFEST_NAME
+    facts = json.loads(path.read_bytes()) | {"format_version": 1}
+    del facts["padded"]
+    path.write_text(json.dumps(facts))
+    decoder = load_exported(folder)
+    assert not decoder.manifest.padded
+    assert torch.equal(decoder.generate(IDS, 8, **NO_END), exported[0].decoder().generate(IDS, 8, **NO_END))
 
 
 def test_programs_for_a_gpu_are_refused_without_one(folder, monkeypatch):

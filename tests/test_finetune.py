@@ -136,11 +136,11 @@ def test_storage_of_hidden_states_changes_nothing(make_tiny, tiny_tokenizer, eng
     assert _same(*map(_tensors, models))
 
 
-def test_seed_orders_the_training(make_tiny, tiny_tokenizer, english):
-    """The seed draws rotation and windows too, so the order is looked at by itself."""
+@pytest.mark.parametrize("seed", [0, 2**60])
+def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english, seed):
     models = [make_tiny("llama") for _ in range(2)]
     for model in models:
-        _calibrate(model, tiny_tokenizer, english, finetune=CONFIG)
+        _calibrate(model, tiny_tokenizer, english, finetune=CONFIG, seed=seed)
     assert _same(*map(_tensors, models))
 
 
@@ -151,6 +151,7 @@ def test_seed_orders_the_training(make_tiny, tiny_tokenizer, english):
         ({"batch_size": 1.5}, "batch_size=1.5"),
         ({"validation_sequences": True}, "validation_sequences=True"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"learning_rate": True}, "learning_rate=True"),
         ({"weight_learning_rate": -1.0}, "weight_learning_rate=-1.0"),
         ({"end_to_end_epochs": -1}, "end_to_end_epochs=-1; a whole number of at least 0"),
         ({"end_to_end_rate": float("inf")}, "end_to_end_rate=inf"),

@@ -1,5 +1,7 @@
 """The outlier statistic, the rule, and the check of the prefix; on a decoder with a planted outlier and on SmolLM2."""
 
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from pq_ao.prefix import (
     find_prefix,
     outlier_statistics,
     prefix_by_rule,
+    shorter_prefixes,
     token_ratios,
 )
 
@@ -50,6 +53,34 @@ def test_rule_drops_a_lone_rare_candidate_and_keeps_a_lone_frequent_one():
     assert prefix_by_rule(_statistics([1.0], [(5, 10)], sequences=100), 1) == (5, 1)
     # only a lone one: two rare candidates stay
     assert prefix_by_rule(_statistics([2.0], [(5, 1), (6, 1)], sequences=100), 1) == (5, 6, 1)
+
+
+def test_shorter_prefixes_keep_bos_last_and_frequent_tokens_first():
+    assert list(shorter_prefixes((5, 9, 1))) == [(1,), (5, 1), (9, 1)]
+    assert list(shorter_prefixes((5, 9, 4, 1)))[1:] == [(5, 1), (9, 1), (4, 1), (5, 9, 1), (5, 4, 1), (9, 4, 1)]
+    assert list(shorter_prefixes((1,))) == []
+
+
+@pytest.mark.parametrize(
+    ("enough", "holds_on_windows", "chosen"),
+    [
+        ([(OUTLIER, 0)], True, (OUTLIER, 0)),
+        ([(0,), (OUTLIER, 0)], True, (0,)),
+        ([(OUTLIER, 0)], False, (OUTLIER, 71, 0)),  # the few checked inputs alone do not show what is superfluous
+        ([], True, (OUTLIER, 71, 0)),
+    ],
+)
+def test_superfluous_tokens_are_left_out(planted, tiny_tokenizer, monkeypatch, enough, holds_on_windows, chosen):
+    rule = (OUTLIER, 71, 0)
+
+    def holds(model, inputs, prefix) -> bool:
+        return prefix == rule or (prefix in enough and (holds_on_windows or "calibration" not in inputs))
+
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_holds", holds)
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "prefix_by_rule", lambda statistics, bos_id: rule)
+    windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    report = find_prefix(planted, tiny_tokenizer, windows)
+    assert report.prefix_ids == chosen and report.rule_ids == rule
 
 
 def test_model_without_outliers_gets_bos_alone():

@@ -60,6 +60,8 @@ def test_what_is_measured_is_kept_where_the_rest_fails(checkpoint, tmp_path):
         ("--corpus embedded --sequence-length 32 4096", "--sequence-length 4096: the model's context is 512 tokens"),
         ("--windows 0", "--windows: 0: give a whole number of at least 1"),
         ("--tasks piqa_local", "--tasks piqa_local: its records are local; add --task-data FOLDER"),
+        ("--task-data data", "--task-data: without effect here; add --tasks"),
+        ("--limit 3", "--limit: without effect here; add --tasks"),
         ("--tasks piqa --task-data data", "--task-data: is for the tasks called *_local"),
     ],
 )

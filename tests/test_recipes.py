@@ -54,6 +54,13 @@ def test_quickstart(tiny_folder, tmp_path, capsys):
     assert height >= 600 and width >= 1200
 
 
+@pytest.mark.parametrize("flags", ["--sequences 0", "--new-tokens -1", "--seed x", "--threads 0"])
+def test_quickstart_refuses_at_once(flags, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(flags.split())
+    assert f"{flags.split()[0]}: {flags.split()[1]}: give a whole number" in capsys.readouterr().err
+
+
 def test_quickstart_says_where_weights_come_from(tmp_path):
     assert quickstart.origin(tmp_path) == tmp_path.name
     (tmp_path / "source.json").write_text('{"kind": "gguf", "quantization": "Q4_1, dequantized"}')
@@ -125,11 +132,12 @@ def test_finetune_keeps_the_record_where_the_quantized_model_fails(tiny_folder, 
     monkeypatch.setattr(quantize, "quantize_", fail)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    settings = ["--model", str(tiny_folder), *FINETUNE, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    monkeypatch.chdir(tiny_folder)
+    settings = ["--model", ".", *FINETUNE, "--output", str(tmp_path / "out"), "--epochs", "1"]
     with pytest.raises(RuntimeError, match="out of memory"):
         finetune.main([*settings, "--data", str(text), str(text), "--corpus", "embedded"])
     results = json.loads((tmp_path / "out" / "finetuning.json").read_text())
-    assert results["data"] == ["text.txt", "text.txt"]
+    assert results["model"] == "tiny" and results["data"] == ["text.txt", "text.txt"]
     assert results["calibration"]["rounding"] == "gptq"
     assert len(results["calibration"]["finetuning"]) == 2 and list(results["perplexity"]) == ["as loaded"]
 
@@ -154,6 +162,8 @@ def test_finetune_checks_its_settings_before_it_loads_a_model(tmp_path):
     missing = ["--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="epochs=0"):
         finetune.main([*missing, "--epochs", "0"])
+    with pytest.raises(ValueError, match="--corpus: source='nowhere.txt' is neither"):
+        finetune.main([*missing, "--corpus", "nowhere.txt"])
     with pytest.raises(ValueError, match="a.txt"):
         finetune.main([*missing, "--data", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--corpus", "embedded"])
     assert not list(tmp_path.iterdir())

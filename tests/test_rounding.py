@@ -77,7 +77,7 @@ def test_search_sees_the_inputs_as_they_will_be_quantized(case):
     z = dequantize(quantize(x, torch.tensor(0.9), 4), torch.tensor(0.9))
     aware = _error(weight, round_nearest(weight, 4, _inputs(x, z)), x, z)
     unaware = _error(weight, round_nearest(weight, 4, _inputs(x)), x, z)
-    assert aware.sum() <= unaware.sum()
+    assert aware.sum() < 0.98 * unaware.sum()
 
 
 def test_gptq_makes_up_for_its_errors(correlated):

@@ -32,7 +32,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         untied_head: always True: head and embedding are two tensors, whatever the original model had.
         head_bits: 8 after `quantize_head_`, else 16.
         calibration: the calibration record without what the tensors hold; None if there is none.
-        tensors_sha256: fingerprint of all tensors; each weights file carries it too, and they must agree.
+        tensors_sha256: fingerprint of all tensors; each weights file carries it too, and what is loaded must have it.
         hint: what to do for this model to load.
     """
 

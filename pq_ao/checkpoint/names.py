@@ -77,9 +77,13 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     head = state[f"{family.head}.weight"]
     if isinstance(head, PackedWeight):
         state[f"{family.head}.weight"], state[f"{family.head}.weight_scale"] = head.qdata, head.scale
-    return dict(sorted(state.items(), key=_in_order))
+    return in_order(state)
 
 
-def _in_order(item: tuple[str, Tensor]) -> list[tuple]:
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layer 2 before layer 10, as transformers sorts when it saves a model that it loaded: shards hang on the order."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in item[0].split(".")]
+    return dict(sorted(tensors.items(), key=lambda item: _key(item[0])))
+
+
+def _key(name: str) -> list[tuple]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

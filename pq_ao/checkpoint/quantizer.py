@@ -91,7 +91,7 @@ class PrefixQuantizer(HfQuantizer):
         from pq_ao.checkpoint.skeleton import assemble
         from pq_ao.checkpoint.validation import check_values
 
-        check_values(model, self._expected, self._files)
+        check_values(model, self._expected, self._files, self.quantization_config)
         assemble(model, self.quantization_config)
         if self._record is not None:
             model.calibration_record = self._record

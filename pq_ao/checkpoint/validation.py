@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pq_ao.checkpoint.config import CheckpointConfig
+from pq_ao.checkpoint.names import in_order
+from pq_ao.fingerprint import fingerprint
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8}
 _RESTORE = "restore the file, or save the model again"
@@ -102,16 +104,20 @@ def check_prefix(config: CheckpointConfig, vocab_size: int) -> None:
 
 
 @torch.no_grad()
-def check_values(model: PreTrainedModel, expected: dict[str, Tensor], files: dict[str, str]) -> None:
-    """Looks at what was loaded: finite numbers, scales above zero.
+def check_values(
+    model: PreTrainedModel, expected: dict[str, Tensor], files: dict[str, str], config: CheckpointConfig
+) -> None:
+    """Looks at what was loaded: finite numbers, scales above zero, and every bit as it was saved.
 
     Args:
         model: the filled skeleton.
         expected: tensors on meta by name.
         files: of each tensor.
+        config: of the checkpoint.
 
     Raises:
-        ValueError: a tensor was not loaded, holds NaN or Inf, or is a scale or clip factor that is not positive.
+        ValueError: a tensor was not loaded, holds NaN or Inf, or is a scale or clip factor that is not positive; or
+            the tensors are others than those that were saved.
     """
     state = model.state_dict()
     for name, wanted in expected.items():
@@ -124,3 +130,9 @@ def check_values(model: PreTrainedModel, expected: dict[str, Tensor], files: dic
             raise ValueError(f"{place} holds NaN or Inf; {_RESTORE}.")
         if name.endswith(_FACTORS) and not (tensor > 0).all():
             raise ValueError(f"{place} holds a value that is not above zero ({tensor.min().item()}); {_RESTORE}.")
+    found = fingerprint(in_order({name: state[name] for name in expected}).items())
+    if found != config.tensors_sha256:
+        raise ValueError(
+            f"{', '.join(sorted(set(files.values())))}: the tensors are not those that were saved (sha256 {found} "
+            f"instead of {config.tensors_sha256}): bits were changed. Copy the checkpoint again, or save it again."
+        )

@@ -175,8 +175,8 @@ def int_accumulate(
 
 
 def _carried(dtype: torch.dtype) -> torch.dtype:
-    """In what E4M3 hands over its sums to a model of `dtype`: half the bytes where that holds them all."""
-    return dtype if dtype == torch.bfloat16 else torch.float32  # 65,504 ends float16
+    """In what E4M3 writes its sums for a model of `dtype`: half the bytes where those hold them all."""
+    return dtype if dtype == torch.bfloat16 else torch.float32  # float16 ends at 65,504
 
 
 def unscaled_linear(
@@ -184,21 +184,19 @@ def unscaled_linear(
 ) -> tuple[Tensor, Tensor] | None:
     """Accumulators and their scale, for an op behind that does the epilogue as it reads them.
 
-    Only where the epilogue would be a pass of its own: on the path E4M3, with one static scale.
+    Only where the epilogue would be a pass of its own: on the path E4M3 in bfloat16, with one static scale.
 
     Args:
         x_codes, x_scale, w_codes, w_scale: see `int_linear`.
         dtype: of the model.
 
     Returns:
-        Accumulators [..., N], rounded to bfloat16 if that is `dtype`, else float32, and float32 [N]; or None: call
-        `int_linear`.
+        Exact sums [..., N] rounded to bfloat16, and float32 [N]; or None: call `int_linear`.
     """
     rows = x_codes.reshape(-1, x_codes.shape[-1])
-    if x_scale.ndim > 1 or _choose(rows, w_codes, None) is not LinearPath.E4M3:
+    if dtype != torch.bfloat16 or x_scale.ndim > 1 or _choose(rows, w_codes, None) is not LinearPath.E4M3:
         return None
-    rows = _as_read(rows, LinearPath.E4M3)
-    accumulators = _matmul(rows, w_codes, LinearPath.E4M3, _carried(dtype))
+    accumulators = _matmul(_as_read(rows, LinearPath.E4M3), w_codes, LinearPath.E4M3, dtype)
     return accumulators.view(*x_codes.shape[:-1], -1), x_scale * w_scale
 
 

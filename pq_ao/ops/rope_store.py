@@ -51,13 +51,12 @@ def _check(
                 f"rope_store: rotation has shape {list(rotation.shape)}; hadamard_base({head_dim}) is required."
             )
     check_accumulators("rope_store", qkv, *accumulators)
-    dtype = accumulators[2] or qkv.dtype
     if (norms[0] is None) != (norms[1] is None):
         raise ValueError("rope_store: query_norm and key_norm go together.")
     for norm in norms:
-        if norm is not None and (norm.shape != (head_dim,) or norm.dtype != dtype):
+        if norm is not None and (norm.shape != (head_dim,) or norm.dtype != qkv.dtype):
             raise ValueError(
-                f"rope_store: a head norm is {norm.dtype} {list(norm.shape)}; {dtype} [{head_dim}] is required."
+                f"rope_store: a head norm is {norm.dtype} {list(norm.shape)}; {qkv.dtype} [{head_dim}] is required."
             )
     dynamic = bits < 16 and scales[0] is None
     for kind, tensors, shape, wanted in (
@@ -145,7 +144,6 @@ def rope_store(
     bits: int,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
-    in_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Writes keys and values of L tokens into the cache and returns the queries, ready for attention.
 
@@ -156,7 +154,7 @@ def rope_store(
         qkv: [B, L, (H + 2G) * D] floating point, from one linear; D even.
         cos, sin: [B or 1, L, D] floating point.
         rotation: float32 [K, K], `hadamard_base(D)`, for R3; None for no rotation.
-        query_norm, key_norm: [D] in the dtype of qkv (or in_dtype), gains of a RMSNorm over each head, or None.
+        query_norm, key_norm: [D] in the dtype of qkv, gains of a RMSNorm over each head, or None.
         norm_eps: its epsilon.
         keys, values: the cache, changed in place: uint8 [B, G, S, D / 2] (4 bits), int8 [B, G, S, D] (8 bits) or
             floats [B, G, S, D] (16 bits).
@@ -168,13 +166,12 @@ def rope_store(
         start: int64, one element: the slot of the first token.
         query_heads: H.
         bits: 4, 8 or 16.
-        in_scale: float32 [(H + 2G) * D] if qkv holds accumulators in float32, or rounded to bfloat16: qkv * in_scale +
-            in_bias is then meant, of float32 ones rounded to in_dtype. None if qkv is as it should be.
+        in_scale: float32 [(H + 2G) * D] if qkv holds accumulators, in bfloat16: qkv * in_scale + in_bias in float32 is
+            then meant. None if qkv is as it should be.
         in_bias: float32 [(H + 2G) * D] or None; goes with in_scale.
-        in_dtype: torch.bfloat16, float16 or float32; goes with in_scale.
 
     Returns:
-        [B, L, H, D] in the dtype of qkv, or in in_dtype.
+        [B, L, H, D] in the dtype of qkv.
 
     Raises:
         TypeError: a dtype that does not go with `bits`.
@@ -184,48 +181,46 @@ def rope_store(
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
         (key_scale, value_scale), (key_clip, value_clip), (key_shift, value_shift), start, query_heads, bits,
-        (in_scale, in_bias, in_dtype),
+        (in_scale, in_bias),
     )  # fmt: skip
     groups, length = keys.shape[1], qkv.shape[1]
-    dtype = in_dtype or qkv.dtype
-    qkv = scaled(qkv, in_scale, in_bias, in_dtype)
-    heads_BLHD = qkv.view(*qkv.shape[:2], -1, head_dim)
+    heads_BLHD = scaled(qkv, in_scale, in_bias).view(*qkv.shape[:2], -1, head_dim)
     query, key, value = heads_BLHD.split((query_heads, groups, groups), dim=-2)
     query = _rotate(_normalize(query, query_norm, norm_eps), cos, sin, rotation)
     key = _rotate(_normalize(key, key_norm, norm_eps), cos, sin, rotation)
     slots = torch.arange(length, device=start.device) + start
     _store(key, keys, key_token_scale, key_scale, key_clip, key_shift, slots, bits)
     _store(value.transpose(1, 2), values, value_token_scale, value_scale, value_clip, value_shift, slots, bits)
-    return query.to(dtype).transpose(1, 2).contiguous()
+    return query.to(qkv.dtype).transpose(1, 2).contiguous()
 
 
 @rope_store.register_fake
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
     key_scale, value_scale, key_clip, value_clip, key_shift, value_shift, start, query_heads, bits, in_scale=None,
-    in_bias=None, in_dtype=None,
+    in_bias=None,
 ):  # fmt: skip
     head_dim = qkv.shape[-1] // (query_heads + 2 * keys.shape[1])
-    return qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
+    return qkv.new_empty(*qkv.shape[:2], query_heads, head_dim)
 
 
 @rope_store.register_kernel("cuda")
 def _(
     qkv, cos, sin, rotation, query_norm, key_norm, norm_eps, keys, values, key_token_scale, value_token_scale,
     key_scale, value_scale, key_clip, value_clip, key_shift, value_shift, start, query_heads, bits, in_scale=None,
-    in_bias=None, in_dtype=None,
+    in_bias=None,
 ):  # fmt: skip
     from pq_ao.ops.kernels.rope_store import launch
 
     head_dim = _check(
         qkv, cos, sin, rotation, (query_norm, key_norm), keys, values, (key_token_scale, value_token_scale),
         (key_scale, value_scale), (key_clip, value_clip), (key_shift, value_shift), start, query_heads, bits,
-        (in_scale, in_bias, in_dtype),
+        (in_scale, in_bias),
     )  # fmt: skip
-    query = qkv.new_empty(*qkv.shape[:2], query_heads, head_dim, dtype=in_dtype)
+    query = qkv.new_empty(*qkv.shape[:2], query_heads, head_dim)
     launch(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), rotation, query_norm, key_norm, norm_eps, keys, values,
         key_token_scale, value_token_scale, key_scale, value_scale, key_clip, value_clip, key_shift, value_shift,
-        start, query, bits, in_scale=in_scale, in_bias=in_bias, in_dtype=in_dtype,
+        start, query, bits, in_scale=in_scale, in_bias=in_bias,
     )  # fmt: skip
     return query

@@ -136,6 +136,16 @@ class TestRows:
                 assert (row["acc_norm"] is None) == (row["task"] == "winogrande_local")
         assert "|  | piqa (2) | arc_easy (2) |" in capsys.readouterr().out
 
+    def test_no_tasks_on_the_reference_path(self, files, tmp_path):
+        name = f"{HEADLINE}-reference"
+        more = ["--tasks", str(files / "tasks"), "--rows", name, "bf16", "--task-rows", "*"]
+        arguments = accuracy.parse(options(files, tmp_path, *more))
+        todo = jobs(arguments.rows, arguments.seeds)
+        run = accuracy_run.AccuracyRun(arguments, todo, ResultsFile(Results.begin("accuracy", "command"), tmp_path))
+        found = [measurement for job in todo for measurement in run._measurements(job)]
+        assert {"task" in measurement.facts for measurement in found if measurement.name == "bf16"} == {True, False}
+        assert ["task" in measurement.facts for measurement in found if measurement.name == name] == [False]
+
     def test_failing_row_does_not_stop_the_others(self, files, tmp_path, monkeypatch, capsys):
         calibrate = accuracy_run.pq_ao.calibrate
 
@@ -297,6 +307,7 @@ class TestArguments:
             ["--windows", "100000"],
             ["--long-context", "64"],
             ["--long-context", "2048"],
+            ["--long-context-rows", "w9*", "--long-context", "96"],
             ["--num-sequences", "100000", "--rows", UNTRAINED],
             ["--finetune-sequences", "100000", "--rows", HEADLINE],
             ["--learning-rate", "nan"],

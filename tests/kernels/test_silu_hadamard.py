@@ -3,64 +3,31 @@
 import pytest
 import torch
 
-from pq_ao.hadamard import hadamard_base, hadamard_transform
+from pq_ao.hadamard import hadamard_base
 from pq_ao.ops import silu_hadamard
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from pq_ao.ops.kernels.silu_accumulators import AccumulatorsTiling, choose_accumulators_tiling
-from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling, launch
+from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling
+from pq_ao.ops.kernels.silu_halves import HalvesTiling
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling
+from tests.kernels.silu_cases import (
+    FLIPPED,
+    HALVES_FLIPPED,
+    HALVES_SQNR,
+    ROTATED_SQNR,
+    SCALE,
+    check_codes,
+    check_floats,
+    make_accumulators,
+    make_input,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # 12 x 16, 20 x 8, 1 x 256, 28 x 64, 44 x 4, 76 x 2 (more than one step of k), 36 x 1, 7 x 2 and 9 x 2 (DCT), 8
 WIDTHS = (192, 160, 256, 1792, 176, 152, 36, 14, 18, 8)
-FLIPPED = 2e-3  # of the codes may differ, by one; 4 bits: 1e-4; 8 bits: 1e-3
-# dB against float64; two bf16 parts in each of two products leave 95 in the interpreter, which cuts off
-ROTATED_SQNR = 90.0
-
-
-def make_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype)
-
-
-def run(gate_up, base, scale, clip, shift, bits, encoding, tiling=None, in_scale=None, in_bias=None, in_dtype=None):
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    codes = torch.empty(rows, width, dtype=encoding, device=DEVICE)
-    row_scale = torch.empty(rows, 1, device=DEVICE)
-    on_device = [t if t is None else t.to(DEVICE) for t in (gate_up, base, scale, clip, shift, in_scale, in_bias)]
-    launch(*on_device[:5], bits, codes, row_scale, tiling, *on_device[5:], in_dtype)
-    return codes.cpu(), row_scale.cpu()
-
-
-def check_floats(
-    gate_up: torch.Tensor, tiling: Tiling | RowsTiling | None = None, base: torch.Tensor | None = None
-) -> None:
-    base = hadamard_base(gate_up.shape[1] // 2) if base is None else base
-    found, _ = run(gate_up, base, torch.ones(1), None, None, 4, torch.float32, tiling)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    expected = hadamard_transform(torch.nn.functional.silu(gate) * up, base.double())
-    assert 10 * torch.log10(expected.square().sum() / (found - expected).square().sum()) > ROTATED_SQNR
-
-
-def check_codes(
-    gate_up: torch.Tensor, dynamic: bool, bits: int, encoding: torch.dtype,
-    tiling: Tiling | RowsTiling | AccumulatorsTiling | None = None,
-    raw: tuple = (None, None, None), shifted: bool = True,
-) -> None:  # fmt: skip
-    width = gate_up.shape[1] // 2
-    base = hadamard_base(width)
-    scale, clip = (None, torch.tensor([0.85])) if dynamic else (torch.tensor([0.17]), None)
-    shift = torch.linspace(-0.5, 0.5, width) if shifted else None
-    codes, row_scale = run(gate_up, base, scale, clip, shift, bits, encoding, tiling, *raw)
-    expected, expected_scale = silu_hadamard(gate_up, base, scale, clip, shift, bits, encoding, *raw)
-    assert codes.dtype == encoding
-    difference = (codes.float() - expected.float()).abs()
-    assert difference.max() <= 1 and (difference > 0).sum() <= max(1, FLIPPED * codes.numel())
-    if dynamic:
-        torch.testing.assert_close(row_scale, expected_scale, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -142,67 +109,25 @@ def test_many_rows_with_a_base_that_is_not_flat():
 
 def test_widths_of_many_rows():
     """Those of models with a small base; others are left to the form for few rows."""
-    for width, order in ((14336, 28), (12288, 12), (8192, 1), (28672, 28), (5120, 20), (25600 // 5 * 4, 20)):
+    for width, order in ((14336, 28), (12288, 12), (8192, 1), (28672, 28), (5120, 20), (20480, 20)):
         assert choose_rows_tiling(width, order) is not None
-        tiling = choose_accumulators_tiling(width, order)
-        assert width % (order * tiling.fold * 32 * tiling.warps) == 0 and order * tiling.fold <= 32
-        assert isinstance(choose_tiling(width, order, 8192, dynamic=False, raw=True), AccumulatorsTiling)
     for width, order in ((11008, 172), (18944, 148), (192, 12), (53248, 52)):
-        assert choose_rows_tiling(width, order) is None and choose_accumulators_tiling(width, order) is None
+        assert choose_rows_tiling(width, order) is None
 
 
-def check_accumulators(
-    width, tiling, in_dtype, bias=True, encoding=torch.int8, shifted=True, rows=3, carried=torch.float32
-):
-    in_bias = torch.linspace(-1, 1, 2 * width) if bias else None
-    raw = (torch.linspace(5e-4, 2e-3, 2 * width), in_bias, in_dtype)
-    for dynamic in (False, True):
-        gate_up = (1000 * make_input(rows, width, torch.float32)).to(carried)
-        check_codes(gate_up, dynamic, 4, encoding, tiling, raw, shifted)
+@pytest.mark.parametrize(("width", "bias"), [(20 * 64, True), (152, False)])
+def test_accumulators(width, bias):
+    gate_up, raw = make_accumulators(2, width, bias)
+    check_codes(gate_up, False, 4, torch.int8, None, raw, shifted=bias)
+    check_floats(gate_up, raw=raw)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tiling", [None, AccumulatorsTiling(2, 4)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_raw_accumulators(dtype, tiling, bias):
-    check_accumulators(12 * 256, tiling, dtype, bias)
-
-
-ACCUMULATORS = {  # width: tiling
-    14336: AccumulatorsTiling(1, 16),
-    20 * 256: AccumulatorsTiling(1, 8),
-    12 * 256: AccumulatorsTiling(1, 4),  # two groups of l1
-    512: AccumulatorsTiling(4, 4),
-}
-
-
-@pytest.mark.parametrize(("width", "tiling"), ACCUMULATORS.items())
-def test_many_rows_of_accumulators(width, tiling):
-    check_accumulators(width, tiling, torch.float16)
-    check_accumulators(width, tiling, torch.float32, encoding=torch.float8_e4m3fn, shifted=False)
-    check_accumulators(width, tiling, torch.bfloat16, rows=2, carried=torch.bfloat16)
-
-
-def test_many_rows_of_accumulators_with_a_base_that_is_not_flat():
-    width = 18 * 128
-    gate_up, scale = 1000 * make_input(2, width, torch.float32), torch.full((2 * width,), 1e-3)
-    base, raw = hadamard_base(18), (scale, None, torch.float32)
-    found, _ = run(gate_up, base, torch.ones(1), None, None, 4, torch.float32, AccumulatorsTiling(1, 4), *raw)
-    gate, up = (gate_up * scale).double().chunk(2, dim=-1)
-    expected = hadamard_transform(torch.nn.functional.silu(gate) * up, base.double())
-    assert 10 * torch.log10(expected.square().sum() / (found - expected).square().sum()) > ROTATED_SQNR
-
-
-def test_what_fills_up_the_base_does_not_widen_dynamic_scales():
-    """The shift stands once more in place of rows beyond K, where nothing makes up for it."""
-    width = 20 * 256
-    gate_up, base, clip = make_input(1, width, torch.float32), hadamard_base(width), torch.tensor([0.5])
-    gate, up = gate_up.chunk(2, dim=-1)
-    shift = 0.9 * hadamard_transform(torch.nn.functional.silu(gate) * up, base)[0]
-    raw = (torch.ones(2 * width), None, torch.float32)
-    _, row_scale = run(gate_up, base, None, clip, shift, 4, torch.int8, AccumulatorsTiling(1, 8), *raw)
-    _, expected = silu_hadamard(gate_up, base, None, clip, shift, 4, torch.int8, *raw)
-    torch.testing.assert_close(row_scale, expected, rtol=1e-3, atol=0)
+def test_accumulators_without_a_rotation():
+    gate_up, raw = make_accumulators(3, 160)
+    scale, shift = torch.tensor([0.2]), torch.linspace(-1, 1, 160)
+    codes, _ = run(gate_up, None, scale, None, shift, 4, torch.int8, None, *raw)
+    expected, _ = silu_hadamard(gate_up, None, scale, None, shift, 4, torch.int8, *raw)
+    assert (codes - expected).abs().max() <= 1 and (codes != expected).sum() <= max(1, FLIPPED * codes.numel())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -249,10 +174,14 @@ def test_no_rows():
 @pytest.mark.parametrize("rows", [1, 7, 128, 300])
 @pytest.mark.parametrize("width", [14336, 5120, 11008, 1536, 18944, 4864, 8192, 12288, 28672, 29568])
 def test_models_widths(width, rows):
-    gate_up = make_input(rows, width, torch.bfloat16)
-    check_floats(gate_up)
-    for dynamic in (False, True):
-        check_codes(gate_up, dynamic, 4, torch.int8)
-    check_codes(gate_up, False, 4, torch.float8_e4m3fn)
-    check_accumulators(width, None, torch.bfloat16, rows=rows)
-    check_accumulators(width, None, torch.bfloat16, rows=rows, carried=torch.bfloat16)
+    gate_up, order = make_input(rows, width, torch.bfloat16), hadamard_base(width).shape[0]
+    halves = isinstance(choose_tiling(width, order, rows, False, halves=True), HalvesTiling)
+    flipped, floor = (HALVES_FLIPPED, HALVES_SQNR) if halves else (FLIPPED, ROTATED_SQNR)
+    check_floats(gate_up, floor=floor, scale=SCALE)
+    check_codes(gate_up, True, 4, torch.int8)
+    check_codes(gate_up, False, 8, torch.int8)
+    accumulators, raw = make_accumulators(rows, width)
+    check_floats(accumulators, raw=raw, floor=floor, scale=SCALE)
+    for encoding in (torch.int8, torch.float8_e4m3fn):
+        check_codes(gate_up, False, 4, encoding, flipped=flipped)
+        check_codes(accumulators, False, 4, encoding, None, raw, flipped=flipped)

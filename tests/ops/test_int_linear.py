@@ -185,11 +185,11 @@ class TestOps:
     def test_what_the_gpu_runs_traces_and_agrees(self, monkeypatch):
         """Every path but INT_MM, on the CPU: choice, conversion of codes, unpacking and epilogue around the kernels."""
         monkeypatch.setattr(sys.modules["pq_ao.ops.int_linear"], "capability_of", lambda device: (9, 0))
-        x, weight = random_codes(1040, 64, bits=4), random_codes(32, 64, bits=4)
+        x, weight = random_codes(2064, 64, bits=4), random_codes(32, 64, bits=4)
         x_scale, w_scale, bias = torch.tensor([0.3]), torch.rand(32), torch.rand(32)
         torch._dynamo.reset()  # the limit on recompilations counts those of other tests
         compiled = torch.compile(int_linear, fullgraph=True, dynamic=False, backend="aot_eager")
-        for rows in (1, 40, 1040):
+        for rows in (1, 40, 2064):
             expected = epilogue(exact(x[:rows], weight), x_scale, w_scale, bias, torch.float32)
             for codes in (x[:rows], x[:rows].to(torch.float8_e4m3fn)):
                 y = compiled(codes, x_scale, pack_int4(weight), w_scale, bias, torch.float32)
@@ -199,19 +199,19 @@ class TestOps:
 
     def test_accumulators_left_to_the_op_behind(self, monkeypatch):
         monkeypatch.setattr(sys.modules["pq_ao.ops.int_linear"], "capability_of", lambda device: (9, 0))
-        codes, weight = random_codes(2, 600, 64, bits=4), random_codes(32, 64, bits=4)
+        codes, weight = random_codes(2, 1100, 64, bits=4), random_codes(32, 64, bits=4)
         x, w_scale, bias = codes.to(torch.float8_e4m3fn), torch.rand(32), torch.rand(32)
-        expected = exact(codes.view(-1, 64), weight).view(2, 600, 32)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            acc, scale = unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, dtype)
-            assert acc.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-            assert torch.equal(acc, expected.to(acc.dtype))
-            y = (acc * scale + bias).to(dtype)
-            assert torch.equal(y, int_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, bias, dtype))
+        expected = exact(codes.view(-1, 64), weight).view(2, 1100, 32)
+        acc, scale = unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, torch.bfloat16)
+        assert acc.dtype == torch.bfloat16 and torch.equal(acc, expected.to(acc.dtype))
+        y = (acc * scale + bias).to(torch.bfloat16)
+        assert torch.equal(y, int_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, bias, torch.bfloat16))
+        for dtype in (torch.float16, torch.float32):
+            assert unscaled_linear(x, torch.tensor([0.3]), pack_int4(weight), w_scale, dtype) is None
         for few_or_int8_or_dynamic in (
             (x[:, :4], torch.tensor([0.3])),
             (codes, torch.tensor([0.3])),
-            (x, torch.rand(2, 600, 1)),
+            (x, torch.rand(2, 1100, 1)),
         ):
             assert unscaled_linear(*few_or_int8_or_dynamic, pack_int4(weight), w_scale, torch.bfloat16) is None
 
@@ -289,11 +289,11 @@ class TestEveryPathOnTheGPU:
         assert (got == 14336 * x_code * w_code).all()
 
     def test_chosen_by_shape_and_traced(self):
-        x, w = random_codes(1040, 4096, bits=4), pack_int4(random_codes(64, 4096, bits=4))
+        x, w = random_codes(2064, 4096, bits=4), pack_int4(random_codes(64, 4096, bits=4))
         x_scale, w_scale = torch.tensor([0.5]), torch.full((64,), 0.25)
         torch._dynamo.reset()  # the limit on recompilations counts those of other tests
         compiled = torch.compile(int_linear, fullgraph=True, dynamic=False)
-        for rows in (1, 40, 1040):
+        for rows in (1, 40, 2064):
             expected = int_linear(x[:rows], x_scale, w, w_scale, None, torch.float16)
             on_gpu = (x_scale.cuda(), w.cuda(), w_scale.cuda(), None, torch.float16)
             for codes in (x[:rows].cuda(), x[:rows].cuda().to(torch.float8_e4m3fn)):

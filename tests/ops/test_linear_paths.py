@@ -42,7 +42,7 @@ def test_choice(tokens, out_features, in_features, bits, capability, expected):
     assert linear_path(tokens, out_features, in_features, *bits, capability) is expected
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 5, 128, 1024, 1025, 2048])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 128, 2048, 2049, 8192])
 @pytest.mark.parametrize("capability", [None, TURING, AMPERE, (8, 9), HOPPER, (10, 0)])
 @pytest.mark.parametrize("act_bits, weight_bits", [(4, 4), (8, 4), (8, 8)])
 def test_producer_and_consumer_agree(tokens, capability, act_bits, weight_bits):

@@ -68,14 +68,14 @@ class Case:
         }
         if self.raw:
             width = self.tensors["qkv"].shape[-1]
-            self.tensors["qkv"] = random(self.batch, self.length, width) * 1000
+            self.tensors["qkv"] = (random(self.batch, self.length, width) * 1000).to(self.dtype)
             self.tensors["in_scale"] = 1e-3 + 1e-4 * random(width)
             if self.raw_bias:
                 self.tensors["in_bias"] = 0.1 * random(width)
 
     def arguments(self) -> dict:
         given = {"norm_eps": EPS, "query_heads": self.heads, "bits": self.bits}
-        return self.tensors | given | ({"in_dtype": self.dtype} if self.raw else {})
+        return self.tensors | given
 
     def cache(self) -> list[Tensor]:
         names = ("keys", "values", "key_token_scale", "value_token_scale")
@@ -113,33 +113,17 @@ class Case:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_raw_accumulators_equal_scaling_first(dtype, bias):
-    case = Case(raw=True, raw_bias=bias, dtype=dtype, norms=True)
+def test_accumulators_are_scaled_in_float32(bias):
+    """Nothing between accumulators and codes is rounded to bfloat16."""
+    case = Case(raw=True, raw_bias=bias, dtype=torch.bfloat16, bits=8)
     query = rope_store(**case.arguments())
     found = [tensor.clone() for tensor in case.cache()]
-    arguments = case.arguments()
-    qkv = arguments["qkv"] * arguments.pop("in_scale")
+    case.tensors["qkv"] = case.tensors["qkv"] * case.tensors.pop("in_scale")
     if bias:
-        qkv = qkv + arguments.pop("in_bias")
-    del arguments["in_dtype"]
-    expected = rope_store(**arguments | {"qkv": qkv.to(dtype)})
-    assert query.dtype == dtype and torch.equal(query, expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, case.cache(), strict=True))
-
-
-def test_accumulators_rounded_before_are_not_rounded_again():
-    """Values of bfloat16 accumulators are quantized from float32."""
-    case = Case(raw=True, dtype=torch.bfloat16, bits=8)
-    case.tensors["qkv"] = case.tensors["qkv"].bfloat16()
-    arguments = case.arguments()
-    scaled = arguments["qkv"] * arguments.pop("in_scale") + arguments.pop("in_bias")
-    query = rope_store(**case.arguments())
-    found = [tensor.clone() for tensor in case.cache()]
-    del arguments["in_dtype"]
-    expected = rope_store(**arguments | {"qkv": scaled})
-    assert query.dtype == torch.bfloat16 and torch.equal(query, expected.bfloat16())
-    assert all(torch.equal(a, b) for a, b in zip(found, case.cache(), strict=True))
+        case.tensors["qkv"] = case.tensors["qkv"] + case.tensors.pop("in_bias")
+    expected, expected_cache = case.separate_operators()
+    assert query.dtype == torch.bfloat16 and torch.equal(query, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_cache, strict=True))
 
 
 @torch.no_grad()
@@ -220,9 +204,9 @@ def test_other_slots_keep_what_they_hold():
         ({"value_scale": torch.ones(3)}, ValueError, "scales of shape"),
         ({"key_clip": torch.ones(2)}, ValueError, "clips do not belong here"),
         ({"start": torch.tensor(0.0)}, TypeError, "start is"),
-        ({"in_dtype": torch.float16}, ValueError, "go with in_scale"),
-        ({"in_scale": torch.ones(192)}, TypeError, "in_dtype=None"),
-        ({"in_scale": torch.ones(8), "in_dtype": torch.float16}, ValueError, "in_scale is"),
+        ({"in_bias": torch.ones(192)}, ValueError, "goes with in_scale"),
+        ({"in_scale": torch.ones(192)}, TypeError, "accumulators in torch.bfloat16"),
+        ({"qkv": torch.ones(2, 3, 192).bfloat16(), "in_scale": torch.ones(8)}, ValueError, "in_scale is"),
         ({"keys": torch.zeros(2, 2, 12, 24, dtype=torch.uint8)[..., ::2]}, ValueError, "contiguous"),
     ],
 )
@@ -259,5 +243,5 @@ def test_16_bits_take_neither_clips_nor_shifts():
 
 @pytest.mark.parametrize(("mode", "bits"), [("static", 4), ("dynamic", 4), ("static", 16)])
 def test_opcheck(mode, bits):
-    arguments = Case(mode=mode, bits=bits, norms=True, raw=bits == 16, dtype=torch.float16).arguments()
+    arguments = Case(mode=mode, bits=bits, norms=True, raw=bits == 16, dtype=torch.bfloat16).arguments()
     torch.library.opcheck(torch.ops.pq_ao.rope_store.default, (), arguments)

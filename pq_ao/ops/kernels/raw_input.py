@@ -1,4 +1,4 @@
-"""Loading a linear's output, or its raw accumulators, which are scaled on the way: that saves a pass over them."""
+"""Loading a linear's output, or its accumulators, which are scaled on the way: that saves a pass over them."""
 
 import triton
 import triton.language as tl
@@ -19,14 +19,11 @@ def _times(x, scale):
 
 
 @triton.jit
-def load_input(
-    ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE: tl.constexpr, CACHE: tl.constexpr = NO_MODIFIER
-):
-    """float32 of row `ptr` at `columns`, or with scales, which stand once a column, of x * scale + bias in IN_DTYPE."""
+def load_input(ptr, columns, mask, in_scale_ptr, in_bias_ptr, CACHE: tl.constexpr = NO_MODIFIER):
+    """float32 of row `ptr` at `columns`, or with scales, which stand once a column, of x * scale + bias."""
     x = tl.load(ptr + columns, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
     if in_scale_ptr is not None:
         x = _times(x, tl.load(in_scale_ptr + columns, mask=mask, other=0.0))
         if in_bias_ptr is not None:
             x += tl.load(in_bias_ptr + columns, mask=mask, other=0.0)
-        x = x.to(IN_DTYPE).to(tl.float32)
     return x

@@ -32,30 +32,27 @@ def _piece_places(PIECE: tl.constexpr, element: tl.constexpr):
 
 @triton.jit
 def _load_piece(
-    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, PIECE: tl.constexpr, IN_DTYPE: tl.constexpr,
-    element: tl.constexpr,
+    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, PIECE: tl.constexpr, element: tl.constexpr
 ):  # fmt: skip
     """float32 piece of heads that begin at `columns` of `rows`; both [1, 8, WARPS, REPEAT, 1], as the mask."""
     places = tl.expand_dims(columns, 5) + _piece_places(PIECE, element)
-    x = load_input(ptr + tl.expand_dims(rows, 5), places, tl.expand_dims(mask, 5), in_scale_ptr, in_bias_ptr, IN_DTYPE)
+    x = load_input(ptr + tl.expand_dims(rows, 5), places, tl.expand_dims(mask, 5), in_scale_ptr, in_bias_ptr)
     return tl.reshape(x, (4, 8, columns.shape[2], columns.shape[3], 8))
 
 
 @triton.jit
-def _load_head(
-    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, D: tl.constexpr, IN_DTYPE: tl.constexpr
-):  # fmt: skip
+def _load_head(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, D: tl.constexpr):
     pieces = ()
     for piece in tl.static_range(D // 32):
         pieces = pieces + (
-            _load_piece(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, piece, IN_DTYPE, ptr.dtype.element_ty),
+            _load_piece(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, piece, ptr.dtype.element_ty),
         )
     return pieces
 
 
 @triton.jit
 def _load_table(ptr, table, mask, PIECE: tl.constexpr):
-    return _load_piece(ptr, table, table * 0, mask, None, None, PIECE, tl.float32, ptr.dtype.element_ty)
+    return _load_piece(ptr, table, table * 0, mask, None, None, PIECE, ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -164,7 +161,7 @@ def rope_rows_kernel(
     qkv_ptr, in_scale_ptr, in_bias_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, keys_ptr, values_ptr,
     key_token_scale_ptr, value_token_scale_ptr, key_scale_ptr, value_scale_ptr, key_clip_ptr, value_clip_ptr,
     key_shift_ptr, value_shift_ptr, start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr, IN_DTYPE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr,
     BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -191,9 +188,7 @@ def rope_rows_kernel(
         mask = is_token & is_head
         batch = token // length
         place = token - batch * length
-        x = _load_head(
-            qkv_ptr, token.to(tl.int64) * ((H + 2 * G) * D), column, mask, in_scale_ptr, in_bias_ptr, D, IN_DTYPE
-        )
+        x = _load_head(qkv_ptr, token.to(tl.int64) * ((H + 2 * G) * D), column, mask, in_scale_ptr, in_bias_ptr, D)
         slot = tl.load(start_ptr) + place
         row = (batch * G + head).to(tl.int64) * slots + slot
         has_slot = mask & (slot >= 0) & (slot < slots)

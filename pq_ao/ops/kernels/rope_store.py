@@ -8,20 +8,17 @@ nibbles are packed, so neither moves data between threads; R3 is a product with 
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
-from pq_ao.ops.accumulators import rounding
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, hadamard_entry, times_matrix
 from pq_ao.ops.kernels.raw_input import load_input
 from pq_ao.ops.kernels.rope_parts import divide_and_round
 from pq_ao.ops.kernels.rope_rows import RowsTiling, choose_rows_tiling, launch_rows
-from pq_ao.ops.kernels.triton_types import TRITON_TYPES
 from pq_ao.ops.quantize import code_range
 
 
@@ -141,7 +138,6 @@ def rope_store_kernel(
     D: tl.constexpr,
     BASE: tl.constexpr,  # order of the base of R3; 0 for no rotation
     FLAT: tl.constexpr,
-    IN_DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     LOW: tl.constexpr,
@@ -169,8 +165,8 @@ def rope_store_kernel(
     wait(EARLY)
     columns = (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D + d
     row_ptr = qkv_ptr + token * ((H + 2 * G) * D)
-    first = load_input(row_ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE)
-    second = load_input(row_ptr, columns + HALF, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE)
+    first = load_input(row_ptr, columns, mask, in_scale_ptr, in_bias_ptr)
+    second = load_input(row_ptr, columns + HALF, mask, in_scale_ptr, in_bias_ptr)
     slot = tl.load(start_ptr) + place
     row = (batch * G + head) * slots + slot
     has_slot = is_mine & (slot >= 0) & (slot < slots)
@@ -238,7 +234,7 @@ def launch(
     key_scale: Tensor | None, value_scale: Tensor | None, key_clip: Tensor | None, value_clip: Tensor | None,
     key_shift: Tensor | None, value_shift: Tensor | None, start: Tensor, query: Tensor, bits: int,
     tiling: Tiling | RowsTiling | None = None, in_scale: Tensor | None = None, in_bias: Tensor | None = None,
-    in_dtype: torch.dtype | None = None,
+    
 ) -> None:  # fmt: skip
     """Fills `query` [B, L, H, D] and the cache; all tensors contiguous, `tiling` overrides the choice made here."""
     batch, length, heads, head_dim = query.shape
@@ -254,7 +250,7 @@ def launch(
     )  # fmt: skip
     numbers = (tokens, length, keys.shape[2], length if cos.shape[0] > 1 else 0, norm_eps)
     constants = {
-        "H": heads, "G": groups, "D": head_dim, "IN_DTYPE": TRITON_TYPES[rounding(qkv, in_dtype)], "BITS": bits,
+        "H": heads, "G": groups, "D": head_dim, "BITS": bits,
         "DYNAMIC": key_token_scale is not None, "LOW": low, "HIGH": high,
     }  # fmt: skip
     if isinstance(tiling, RowsTiling):

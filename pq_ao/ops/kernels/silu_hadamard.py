@@ -1,6 +1,6 @@
 """Kernel of pq_ao::silu_hadamard: SwiGLU, the rotation R4 and quantization of a row without leaving the chip.
 
-For few rows, and for those widths that `silu_rows` and `silu_accumulators` do not take.
+For few rows, and for what `silu_halves` and `silu_rows` do not take.
 
 A row of F = K * L elements, L a power of two, is h[k, l1, l2]. The axis l1 (T values) is done by butterflies between
 tensors that a thread holds whole, l2 by a product with a Walsh matrix, k by one with the base. With SPLIT programs a
@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.hadamard import has_hadamard_matrix
-from pq_ao.ops.accumulators import rounding
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import (
@@ -27,21 +26,16 @@ from pq_ao.ops.kernels.hadamard import (
     times_matrix,
     walsh_sign,
 )
-from pq_ao.ops.kernels.silu_accumulators import (
-    AccumulatorsTiling,
-    choose_accumulators_tiling,
-    launch_accumulators,
-)
+from pq_ao.ops.kernels.silu_halves import HalvesTiling, choose_halves_tiling, launch_halves
 from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling, launch_rows
-from pq_ao.ops.kernels.triton_types import TRITON_TYPES
 from pq_ao.ops.quantize import code_range
 
 
 @triton.jit
 def _rotate_chunk(
     gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, first_k, first, first_out, walsh, y,
-    IN_DTYPE: tl.constexpr, F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
+    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +46,7 @@ def _rotate_chunk(
     h = ()
     for l1 in tl.static_range(T):
         columns = k * (T * L2) + l1 * L2 + l2
-        h = h + (silu_times(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, F, IN_DTYPE),)
+        h = h + (silu_times(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, F),)
     h = butterflies(h, first, T, SPLIT)
     i = first_out + tl.arange(0, BLOCK_OUT)[:, None]
     j = first_k + tl.arange(0, BLOCK_K)[None, :]
@@ -81,7 +75,7 @@ def _places(
 def _do_row(
     row, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr, row_scale_ptr,
     first, first_out, walsh,
-    IN_DTYPE: tl.constexpr, F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
+    F: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr, L2: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L2: tl.constexpr,
     FLAT: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
@@ -95,13 +89,13 @@ def _do_row(
         y = y + (tl.zeros((BLOCK_OUT, GROUP * BLOCK_L2), tl.float32),)
     if K <= BLOCK_K:
         y = _rotate_chunk(
-            gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, 0, first, first_out, walsh, y, IN_DTYPE,
+            gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, 0, first, first_out, walsh, y,
             F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
         )  # fmt: skip
     else:
         for first_k in range(0, K, BLOCK_K):
             y = _rotate_chunk(
-                gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, first_k, first, first_out, walsh, y, IN_DTYPE,
+                gate_ptr, in_scale_ptr, in_bias_ptr, base_ptr, first_k, first, first_out, walsh, y,
                 F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K, BLOCK_L2, FLAT,
             )  # fmt: skip
     if DYNAMIC:
@@ -147,7 +141,6 @@ def silu_hadamard_kernel(
     shift_ptr,  # float32 [F] or None
     codes_ptr,  # [M, F] int8, float8 or, for tests, float32
     row_scale_ptr,  # float32 [M]; used if DYNAMIC
-    IN_DTYPE: tl.constexpr,
     F: tl.constexpr,
     BASE: tl.constexpr,
     FOLD: tl.constexpr,  # K = BASE * FOLD: that much of the power of two goes with the base
@@ -173,7 +166,7 @@ def silu_hadamard_kernel(
     wait(EARLY)
     _do_row(
         program // TILES, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr,
-        row_scale_ptr, first, first_out, walsh, IN_DTYPE, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K,
+        row_scale_ptr, first, first_out, walsh, F, BASE, FOLD, T, L2, SPLIT, GROUP, BLOCK_OUT, BLOCK_K,
         BLOCK_L2, FLAT, DYNAMIC, LOW, HIGH,
     )  # fmt: skip
 
@@ -181,7 +174,7 @@ def silu_hadamard_kernel(
 @triton.jit
 def silu_quantize_kernel(
     gate_up_ptr, in_scale_ptr, in_bias_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr, row_scale_ptr,
-    IN_DTYPE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr,
+    F: tl.constexpr, BLOCK: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same without a rotation: cdiv(F, BLOCK) programs a row; DYNAMIC needs one."""
@@ -191,7 +184,7 @@ def silu_quantize_kernel(
     columns = program % TILES * BLOCK + tl.arange(0, BLOCK)
     mask = columns < F
     wait(EARLY)
-    y = silu_times(gate_up_ptr + row * (2 * F), columns, mask, in_scale_ptr, in_bias_ptr, F, IN_DTYPE)
+    y = silu_times(gate_up_ptr + row * (2 * F), columns, mask, in_scale_ptr, in_bias_ptr, F)
     if DYNAMIC:
         clip = tl.load(clip_ptr)
     else:
@@ -226,26 +219,29 @@ class Tiling:
     block_k: int
     warps: int
     registers: int | None = None  # at most so many a thread, so that several programs share a multiprocessor
+    stages: int = 3  # of what is loaded for several steps of k
     early: bool = False  # launched before the kernel in front has ended, where the GPU can
 
     def options(self) -> dict[str, object]:
         """Launch options of Triton."""
-        options = {"num_warps": self.warps}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
         if self.registers is not None:
             options["maxnreg"] = self.registers
-        if self.block_out > _LARGEST_BLOCK_OUT:
-            options["num_stages"] = 1  # several chunks of so large a base in flight exceed shared memory
         return options
 
 
 def choose_tiling(
-    features: int, base_order: int, rows: int, dynamic: bool, raw: bool = False
-) -> Tiling | RowsTiling | AccumulatorsTiling:
-    """The tiling for `rows` rows of F = features, of accumulators if raw, rotated with a base of this order."""
+    features: int, base_order: int, rows: int, dynamic: bool, raw: bool = False, halves: bool = False
+) -> Tiling | RowsTiling | HalvesTiling:
+    """The tiling for `rows` rows of F = features, of accumulators if raw, rotated with a base of this order.
+
+    halves: whether `silu_halves` may be it, for what it needs beside the width.
+    """
     if rows > _WHOLE_ROWS:
-        if raw:
-            tiling = choose_accumulators_tiling(features, base_order)
-        else:
+        tiling = None
+        if halves:
+            tiling = choose_halves_tiling(features, base_order, raw)
+        elif not raw:
             tiling = choose_rows_tiling(features, base_order, dynamic)
         if tiling is not None:
             return tiling
@@ -272,8 +268,13 @@ def choose_tiling(
     warps = 4 if values <= 8192 else 8 if values <= 16384 else 16
     # 128 registers: two programs of 8 warps on a multiprocessor
     registers = 128 if warps == 8 and split == 1 and not dynamic else None
+    stages = 3
+    if block_out > _LARGEST_BLOCK_OUT:  # several chunks of so large a base in flight exceed shared memory
+        stages = 1
+    elif raw:  # as do those of scales and biases, which are five times what they are for
+        stages = 2 if block_k * length <= 4096 else 1
     early = rows <= _EARLY_ROWS  # with more, waiting inside takes longer than being launched later
-    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers, early=early)
+    return Tiling(fold, t, l2, split, min(8, t // split), block_out, block_k, warps, registers, stages, early)
 
 
 def launch(
@@ -285,10 +286,9 @@ def launch(
     bits: int,
     codes: Tensor,
     row_scale: Tensor,
-    tiling: Tiling | RowsTiling | AccumulatorsTiling | None = None,
+    tiling: Tiling | RowsTiling | HalvesTiling | None = None,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
-    in_dtype: torch.dtype | None = None,
 ) -> None:
     """Fills `codes` [M, F] and, if `clip` is given, `row_scale` [M] from gate_up [M, 2F], all contiguous.
 
@@ -299,10 +299,7 @@ def launch(
         return
     low, high = code_range(bits)
     dynamic = clip is not None
-    constants = {
-        "F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
-        "IN_DTYPE": TRITON_TYPES[rounding(gate_up, in_dtype)],
-    }  # fmt: skip
+    constants = {"F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high}
     if base is None:
         block = triton.next_power_of_2(features) if dynamic else min(2048, triton.next_power_of_2(features))
         early = rows <= _EARLY_ROWS and launches_early(gate_up.device)
@@ -312,16 +309,16 @@ def launch(
         )  # fmt: skip
         return
     order = base.shape[0]
-    tiling = tiling or choose_tiling(features, order, rows, dynamic, raw=in_scale is not None)
+    halves = gate_up.dtype == torch.bfloat16 and bits == 4 and not dynamic
+    tiling = tiling or choose_tiling(features, order, rows, dynamic, raw=in_scale is not None, halves=halves)
     tensors = (gate_up, in_scale, in_bias, base, scale, clip, shift, codes, row_scale)
-    constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
-    if isinstance(tiling, AccumulatorsTiling):
-        assert in_scale is not None
-        launch_accumulators(tensors, tiling, constants)
+    if isinstance(tiling, HalvesTiling):
+        assert halves
+        launch_halves(gate_up, base, scale, shift, codes, tiling, in_scale, in_bias)
         return
+    constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
     if isinstance(tiling, RowsTiling):
         assert in_scale is None
-        del constants["IN_DTYPE"]
         launch_rows((gate_up, *tensors[3:]), tiling, constants)
         return
     programs = rows * tiling.split * triton.cdiv(order * tiling.fold, tiling.block_out)

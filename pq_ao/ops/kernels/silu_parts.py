@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from pq_ao.ops.kernels.interpret import INTERPRETED
-from pq_ao.ops.kernels.raw_input import NO_MODIFIER, _times, load_input
+from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
 
 # the number whose last bits, once it is added, are the rounded integer
 _ROUNDER = tl.constexpr(12582912.0)
@@ -12,41 +12,23 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def sigmoid_over(x, DIVISOR: tl.constexpr):
-    """1 / (1 + exp(-x)) / DIVISOR to some 3 units in the last place, without slow paths; the divisor costs nothing."""
+def sigmoid_over(x, divisor, STEEPNESS: tl.constexpr = 1.0):
+    """sigmoid(STEEPNESS * x) / divisor to some 3 units in the last place, without slow paths; both cost nothing."""
     if INTERPRETED:
-        return 1.0 / (DIVISOR + DIVISOR * tl.exp(-x))
+        return 1.0 / (divisor + divisor * tl.exp(x * -STEEPNESS))
     power = tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -_LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * (-STEEPNESS * _LOG2_E)], dtype=tl.float32, is_pure=True, pack=1
     )
     return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [tl.fma(power, DIVISOR, DIVISOR)], dtype=tl.float32, is_pure=True, pack=1
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [tl.fma(power, divisor, divisor)], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def scaled(x, scale, bias, IN_DTYPE: tl.constexpr):
-    """x * scale + bias, unless bias is None, rounded to IN_DTYPE; float32."""
-    x = _times(x, scale)
-    if bias is not None:
-        x += bias
-    if INTERPRETED or IN_DTYPE != tl.bfloat16:
-        return x.to(IN_DTYPE).to(tl.float32)
-    # in pairs: alone, the conversion is as slow as a division
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000; }",
-        "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def silu_times(
-    gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, F: tl.constexpr, IN_DTYPE: tl.constexpr,
-    CACHE: tl.constexpr = NO_MODIFIER,
-):  # fmt: skip
+def silu_times(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, F: tl.constexpr, CACHE: tl.constexpr = NO_MODIFIER):
     """silu(gate) * up in float32 at `columns` of a row of gate_up."""
-    gate = load_input(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
-    up = load_input(gate_ptr, F + columns, mask, in_scale_ptr, in_bias_ptr, IN_DTYPE, CACHE)
+    gate = load_input(gate_ptr, columns, mask, in_scale_ptr, in_bias_ptr, CACHE)
+    up = load_input(gate_ptr, F + columns, mask, in_scale_ptr, in_bias_ptr, CACHE)
     return gate * sigmoid_over(gate, 1.0) * up
 
 

@@ -1,6 +1,6 @@
 """silu_hadamard for many rows of a linear's output: a program does a row, which goes through shared memory once.
 
-`silu_accumulators` is for raw accumulators, for which this form, short of registers then, is slower.
+In products of float32; `silu_halves` is faster where it applies.
 
 A row of F = K * 64 * W elements is h[k, w, n, j], n and j of 8 places each; a program has W warps. A warp loads the n
 and j of its w, and all k, as the right operand of the base: a thread eight j at a time, for every fourth k. Of the six
@@ -55,7 +55,7 @@ def _load_eights(ptr, place, mask):
 
 
 @triton.jit
-def _widen(x):
+def widen(x):
     """float32 of what `_load_eights` gives."""
     if x.dtype == tl.int32:
         first, second = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
@@ -64,7 +64,7 @@ def _widen(x):
 
 
 @triton.jit
-def _load_tiles(ptr, place, FIRST: tl.constexpr, LAST: tl.constexpr, F: tl.constexpr, K: tl.constexpr):
+def load_tiles(ptr, place, FIRST: tl.constexpr, LAST: tl.constexpr, F: tl.constexpr, K: tl.constexpr):
     """Of tiles FIRST to LAST - 1, four k each, gate and up in turn."""
     tiles = ()
     for tile in tl.static_range(FIRST, LAST):
@@ -179,17 +179,17 @@ def silu_rows_kernel(
         scale = tl.load(scale_ptr)
     begin = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
-    early = _load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K)
+    early = load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K)
     for row in tl.range(begin, rows, step, num_stages=1):
         gate_ptr = gate_up_ptr + row * (2 * F)
         next_ptr = gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F)
         h = ()
         for tile in tl.static_range(TILES):
             if tile < EARLY:
-                gate, up = _widen(early[2 * tile]), _widen(early[2 * tile + 1])
+                gate, up = widen(early[2 * tile]), widen(early[2 * tile + 1])
             else:
-                loaded = _load_tiles(gate_ptr, place_in, tile, tile + 1, F, K)
-                gate, up = _widen(loaded[0]), _widen(loaded[1])
+                loaded = load_tiles(gate_ptr, place_in, tile, tile + 1, F, K)
+                gate, up = widen(loaded[0]), widen(loaded[1])
             x = gate * sigmoid_over(gate, ROOT) * up
             x = tl.permute(tl.reshape(x, (4, 8, W, SPLIT, J)), (0, 1, 2, 4, 3))
             h = h + (butterflies(unstack(x, SPLIT), 0, SPLIT, 1),)
@@ -228,7 +228,7 @@ def silu_rows_kernel(
             y = tl.permute(tl.reshape(y, (4, 16 // NEAR, NEAR, W, NEAR // 2, W)), (0, 4, 1, 3, 2, 5))
             y = butterflies(unstack(tl.reshape(y, (4, 8, W, NEAR, W)), W), 0, W, 1)
             if half == 0:
-                early = _load_tiles(next_ptr, place_in, 0, EARLY, F, K)
+                early = load_tiles(next_ptr, place_in, 0, EARLY, F, K)
             if half * _ROWS < K:
                 if shift_ptr is not None:  # all of it before the first store, which loads do not pass
                     y = _less_shift(y, shift_ptr, place_out, row_out, half * _ROWS, K, LENGTH, W)

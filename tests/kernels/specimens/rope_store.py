@@ -1,7 +1,5 @@
 """rope_store at the shapes of Llama-3-8B, of heads with norms (Qwen3), and of head dims with a base (80 = 20 * 4)."""
 
-import triton.language as tl
-
 from pq_ao.ops.kernels.rope_rows import RowsTiling, rope_rows_kernel
 from pq_ao.ops.kernels.rope_store import choose_tiling, rope_store_kernel
 from tests.kernels.specimens import Specimen
@@ -12,14 +10,14 @@ _STORED = {4: "*u8", 8: "*i8", 16: "*bf16"}
 
 def _specimen(
     name: str, tokens: int, head_dim: int = 128, order: int = 1, bits: int = 4, dynamic: bool = False,
-    norms: bool = False, raw: str = "", early: bool = False,
+    norms: bool = False, raw: bool = False, early: bool = False,
 ) -> Specimen:  # fmt: skip
     """As the launcher would choose it for that many tokens."""
     tiling = choose_tiling(tokens, 8, head_dim, order)
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     constants = {
         "H": 32, "G": 8, "D": head_dim, "BITS": bits, "DYNAMIC": dynamic, "LOW": low, "HIGH": high,
-        "BLOCK_H": tiling.block_h, "IN_DTYPE": tl.bfloat16 if raw == "*fp32" else tl.float32,
+        "BLOCK_H": tiling.block_h,
     }  # fmt: skip
     options = {"num_warps": tiling.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
     if isinstance(tiling, RowsTiling):
@@ -35,7 +33,7 @@ def _specimen(
     types = {name: "*bf16" for name in ("qkv_ptr", "cos_ptr", "sin_ptr", "query_ptr")}
     types |= {"base_ptr": "*fp32", "keys_ptr": _STORED[bits], "values_ptr": _STORED[bits], "start_ptr": "*i64"}
     if raw:
-        types |= {"qkv_ptr": raw, "in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
+        types |= {"in_scale_ptr": "*fp32", "in_bias_ptr": "*fp32"}
     if norms:
         types |= {"query_norm_ptr": "*bf16", "key_norm_ptr": "*bf16"}
     if bits < 16:
@@ -57,10 +55,9 @@ def _specimen(
 SPECIMENS = [
     _specimen("decode", 1),
     _specimen("decode, early", 1, early=True),
-    _specimen("decode, accumulators", 1, raw="*fp32"),
+    _specimen("decode, accumulators", 1, raw=True),
     _specimen("prefill", 8192),
-    _specimen("prefill, accumulators", 8192, raw="*bf16"),
-    _specimen("prefill, float32 accumulators", 8192, raw="*fp32"),
+    _specimen("prefill, accumulators", 8192, raw=True),
     _specimen("decode, dynamic", 1, dynamic=True),
     _specimen("prefill, dynamic", 8192, dynamic=True),
     _specimen("prefill, 8 bits, dynamic, norms", 8192, bits=8, dynamic=True, norms=True),
