@@ -20,6 +20,8 @@ SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 
 _SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
 _HISTOGRAM_BINS = 16384
+# Means, ranges and Gram matrices of more change nothing that could be seen, and each is a pass in float32.
+MOST_TOKENS = 2**17
 _RECORDED_BYTES = 2**31  # of a site's inputs, kept between passes where they fit
 
 
@@ -54,6 +56,10 @@ class BlockSites:
         layer: decoder layer with our modules.
         family: where they are.
         body: the sequences, as the quantized blocks before have left them.
+
+    Attributes:
+        sequences: the first so many are looked at, `MOST_TOKENS` tokens at most (or one sequence).
+        tokens: in them.
     """
 
     def __init__(self, layer: nn.Module, family: DecoderFamily, body: Stream):
@@ -73,6 +79,10 @@ class BlockSites:
             "mlp_in": mlp.gate_up_proj,
             "down_in": mlp.down_proj,
         }
+        count, length = body.hidden.shape[:2]
+        # the first ones of a stream are spread over its positions like all of them
+        self.sequences = min(count, max(1, MOST_TOKENS // length))
+        self.tokens = self.sequences * length
         self._recorded: tuple[str, list[Tensor]] = ("", [])
 
     def inputs(self, site: str) -> Iterator[Tensor]:
@@ -80,9 +90,9 @@ class BlockSites:
         if self._recorded[0] == site:
             yield from self._recorded[1]
             return
-        fits = self.body.tokens * self.linears[site].in_features * 4 <= _RECORDED_BYTES
+        fits = self.tokens * self.linears[site].in_features * 4 <= _RECORDED_BYTES
         recorded = []
-        for batch in self.body.batches():
+        for batch in self.body.batches(self.sequences):
             x = self._input(site, batch)
             yield x
             if fits:
@@ -92,7 +102,7 @@ class BlockSites:
 
     def float_inputs(self, site: str) -> Iterator[Tensor]:
         """The same inputs where nothing of this block is quantized."""
-        for batch in self.body.batches():
+        for batch in self.body.batches(self.sequences):
             with on_path(path_switches(self.layer), Path.FLOAT):
                 x = self._input(site, batch)
             yield x
@@ -104,7 +114,7 @@ class BlockSites:
             inputs of the sites, float32 [T, K] each; and how much a squared error of the block's output matters for
             each token, float32 [T]: what comes next is a norm, so as much as the output is small.
         """
-        stride = max(1, self.body.tokens // tokens)
+        stride = max(1, self.tokens // tokens)
         inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         importance = []
         for name in names:
@@ -112,7 +122,7 @@ class BlockSites:
             self.quantizers[name].observer = lambda x, kept=kept: kept.append(x.flatten(0, -2)[::stride].clone())
         try:
             with on_path(path_switches(self.layer), Path.FLOAT):
-                for batch in self.body.batches():
+                for batch in self.body.batches(self.sequences):
                     output = self.body.run(self.layer, batch).flatten(0, -2)[::stride]
                     importance.append(1 / output.square().mean(dim=1).clamp_min(1e-20))
         finally:
@@ -146,7 +156,7 @@ class BlockSites:
                 total, low, high = sums, lows, highs
             else:
                 total, low, high = total + sums, torch.minimum(low, lows), torch.maximum(high, highs)
-        shift = self.quantizers[site].shift.copy_(total / self.body.tokens)
+        shift = self.quantizers[site].shift.copy_(total / self.tokens)
         absmax = float(torch.maximum(high - shift, shift - low).amax())
         if not absmax < float("inf"):  # catches NaN as well
             raise ValueError(f"model: the activation {site} of a block is {absmax}; check weights and data.")
@@ -161,7 +171,7 @@ class BlockSites:
 
     def layer_inputs(self, site: str) -> LayerInputs:
         """What rounding needs, with the scales that are set now."""
-        quantizer, width, tokens = self.quantizers[site], self.linears[site].in_features, self.body.tokens
+        quantizer, width, tokens = self.quantizers[site], self.linears[site].in_features, self.tokens
         device = self.body.device
         gram, cross = (torch.zeros(width, width, dtype=torch.float32, device=device) for _ in range(2))
         means = torch.zeros(2, width, dtype=torch.float64, device=device)

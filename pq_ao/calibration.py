@@ -115,7 +115,8 @@ def calibrate(
         data: corpus: "embedded", "wikitext2", "pile", "c4", a text or jsonl file, or a list of strings
             (see `pq_ao.data.load_text`).
         num_sequences, sequence_length: calibration windows and their tokens; long ones, for keys are searched at the
-            distances that they are seen at.
+            distances that they are seen at. Scales, shifts and codes are chosen on the first 131,072 tokens of them,
+            fine-tuning sees all.
         context: positions that the windows are spread over, for static keys fit the positions that they were
             calibrated at; None for as many as windows cover four times over, at most the model's
             `max_position_embeddings`: 8,192 by default.

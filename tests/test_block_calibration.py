@@ -74,3 +74,17 @@ def _tensors_of(sites):
         elif isinstance(value, (list, tuple)):
             waiting += value
     return found
+
+
+@torch.no_grad()
+def test_sequences_beyond_enough_tokens_are_not_looked_at(make_tiny, monkeypatch):
+    config, found = prefixquant_config(), []
+    for most, ids in ((64, IDS), (2**17, IDS[:2]), (2**17, IDS)):
+        monkeypatch.setattr("pq_ao.block_sites.MOST_TOKENS", most)
+        sites = first_block(make_tiny("llama"), config, ids)[0]
+        monkeypatch.setattr("pq_ao.block_sites._SEARCH_SEQUENCES", 2)
+        calibrate_block(sites, config, "gptq", "tensor")
+        found.append(block_tensors(sites.layer))
+    few, two, all_of_them = found
+    assert all(torch.equal(few[name], two[name]) for name in few)
+    assert any(not torch.equal(few[name], all_of_them[name]) for name in few)

@@ -121,18 +121,30 @@ def test_reference_path_returns_to_what_it_was(make_tiny, tiny_tokenizer, englis
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_a_gpu_does_with_many_tokens_gives_the_same(make_tiny, tiny_tokenizer, english, monkeypatch, family):
-    """Codes as float8, sums left to the ops behind: the GPU's way, on the reference implementations of its ops."""
+def test_what_a_gpu_does_with_many_tokens(make_tiny, tiny_tokenizer, english, monkeypatch, family, dtype):
+    """Codes as float8, and in bfloat16 sums left to the ops behind: the GPU's way, on its ops' references."""
     config = pq_ao.prefixquant_config()
-    model = _calibrated(make_tiny(family), tiny_tokenizer, english, config)
+    model = _calibrated(make_tiny(family).to(dtype), tiny_tokenizer, english, config)
     quantize_(model, config)
-    ids = torch.randint(3, 300, (3, 400), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 300, (3, 700), generator=torch.Generator().manual_seed(5))
+    attended, products = [], []
+    keep = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: attended.append(args[0].qdata.float())
+    )
     expected = model(ids, use_cache=False).logits
-    products = []
     scaled_mm = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: products.append(0) or scaled_mm(*args, **kw))
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **kw: products.append(kw["out_dtype"]) or scaled_mm(*args, **kw)
+    )
     for module in ("pq_ao.quantizers", "pq_ao.ops.int_linear"):
         monkeypatch.setattr(sys.modules[module], "capability_of", lambda device: (9, 0))
-    assert torch.equal(model(ids, use_cache=False).logits, expected)
-    assert len(products) == 4 * model.config.num_hidden_layers
+    logits = model(ids, use_cache=False).logits
+    keep.remove()
+    assert products == [dtype] * (4 * model.config.num_hidden_layers)
+    if dtype == torch.float32:
+        assert torch.equal(logits, expected)
+    else:  # sums are rounded before they are scaled: here and there a code becomes its neighbour, seen 1.5 %
+        differing = (attended[0] != attended[1]).float().mean()
+        assert differing < 0.03, differing
