@@ -1,5 +1,6 @@
 """`calibrate`: the pipeline that decides every scale and every weight code, block by block on the quantized path."""
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,9 @@ from pq_ao.scale_search import Found
 from pq_ao.streams import STORAGES, Storage, Stream
 
 SEARCHES = ("none", "tensor", "block")
+
+# of a configuration: what names a model, or who wrote the file, changes nothing that is computed
+_NAMES_OF_A_MODEL = ("_name_or_path", "architectures", "transformers_version")
 
 # where the context is not given: a position under fewer windows would be hit or miss
 _WINDOWS_OVER_A_POSITION = 4
@@ -264,8 +269,10 @@ class _Pipeline:
 
 
 def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -> dict:
-    """What the result of a calibration depends on, for its journal."""
+    """What the blocks of a calibration depend on, for its journal: not what is done to all of them afterwards."""
     known = record.to_dict()
+    if record.finetune is not None:
+        known["finetune"] = {k: v for k, v in known["finetune"].items() if not k.startswith("end_to_end")}
     names = (
         "config",
         "num_sequences",
@@ -277,12 +284,15 @@ def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -
         "finetune",
         "seed",
     )
+    architecture = json.loads(model.config.to_json_string(use_diff=False))
     return {name: known[name] for name in names} | {
+        "model_config": {k: v for k, v in architecture.items() if k not in _NAMES_OF_A_MODEL},
         "prefix_ids": list(record.prefix.prefix_ids),
         "weights": fingerprint(model.named_parameters()),
         "windows": fingerprint([("windows", windows)]),
         "device": model.device.type,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "pq_ao": __version__,
     }
 

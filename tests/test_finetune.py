@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,15 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(make_tiny, tiny_token
     before = {path.name: path.read_bytes() for path in resume.iterdir()}
     with pytest.raises(ValueError, match="rounding"):
         _calibrate(load(folder), tiny_tokenizer, english, resume=resume, rounding="gptq", **options)
+    with pytest.raises(ValueError, match="model_config"):  # the same weights, another function
+        _calibrate(load(folder, rms_norm_eps=1e-3), tiny_tokenizer, english, resume=resume, **options)
     assert {path.name: path.read_bytes() for path in resume.iterdir()} == before
+    alone = load(folder)  # blocks do not depend on what comes behind them
+    record = _calibrate(
+        alone, tiny_tokenizer, english, resume=resume, finetune=replace(options["finetune"], end_to_end_epochs=0)
+    )
+    assert record.end_to_end is None and record.finetuning == expected.finetuning and not record.finetuning_seconds
+
     block = resume / "block-00002.safetensors"
     block.write_bytes(block.read_bytes()[:-5])
     with pytest.raises(ValueError, match="block-00002.safetensors"):
