@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 SHORT_PROMPT = "Yes."
 GATE = 2.0  # seeds 0, 1 and 2 gave 1.798, 1.931 and 1.821
+EMBEDDED_GATE = 2.2  # the quickstart shows 1.7 on this text; without the prefix, or unsearched, it is far above
 SHORT_PROMPTS = (
     "The cat sat on the mat.",
     "Water boils at one hundred degrees.",
@@ -82,21 +83,16 @@ def test_prefix_without_an_ordinary_token_beside_bos_does_not_hold(smollm2, toke
     assert float(pq_ao.prefix.token_ratios(model, with_bos, (bos,)).max()) > 1000
 
 
-def test_accuracy_has_not_become_worse(calibrated, quantized, tokenizer, data_folder):
-    """The gate: perplexity over floating point on text that no Python version changes."""
-    ids = token_ids(tokenizer, load_text(str(data_folder / "wikitext2" / "wiki.valid.first100KB.raw.gz")))
+def test_accuracy_has_not_become_worse(calibrated, quantized, tokenizer, evaluation_ids):
+    """The gate: perplexity over floating point, with the data on text that no Python version changes."""
+    folder, ids, limit = os.environ.get("PQ_AO_DATA"), evaluation_ids, EMBEDDED_GATE
+    if folder is not None:
+        text = load_text(str(Path(folder) / "wikitext2" / "wiki.valid.first100KB.raw.gz"))
+        ids, limit = token_ids(tokenizer, text), GATE
     options = {"sequence_length": 512, "windows": 6, "progress": False}
     floating = pq_ao.perplexity(calibrated[0], tokenizer, ids, **options).ppl
     integer = pq_ao.perplexity(quantized, tokenizer, ids, **options).ppl
-    assert integer / floating < GATE
-
-
-def test_perplexity_of_the_integers_stays_near_floating_point(calibrated, quantized, tokenizer, evaluation_ids):
-    options = {"sequence_length": 512, "windows": 4, "progress": False}
-    floating = pq_ao.perplexity(calibrated[0], tokenizer, evaluation_ids, **options).ppl
-    integer = pq_ao.perplexity(quantized, tokenizer, evaluation_ids, **options).ppl
-    # the quickstart shows 1.7 on six windows of this text; without the prefix, or unsearched, it is far above 2.2
-    assert 1 < integer / floating < 2.2
+    assert 1 < integer / floating < limit
 
 
 @torch.no_grad()
@@ -112,7 +108,7 @@ def test_attention_and_mlp_of_every_block_on_integers_equal_the_reference_path(q
         layer.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
         for layer in quantized.model.layers
     ]
-    quantized(evaluation_ids[None, :2048], use_cache=False)
+    quantized(evaluation_ids[None, :1024], use_cache=False)
     for hook in hooks:
         hook.remove()
 
@@ -127,8 +123,8 @@ def test_attention_and_mlp_of_every_block_on_integers_equal_the_reference_path(q
             reference = list(halves(layer, hidden, kwargs))
         attention.append(_sqnr(reference[0], integer[0]))
         mlp.append(_sqnr(reference[1], integer[1]))
-    assert len(mlp) == 30 and min(mlp) > 55, mlp  # measured: 66 and more
-    assert sorted(attention)[15] > 55 and min(attention) > 25, attention  # measured: 65 and 37
+    assert len(mlp) == 30 and min(mlp) > 55, mlp  # measured: 64 and more
+    assert sorted(attention)[15] > 55 and min(attention) > 25, attention  # measured: 71 and 46
 
 
 def test_perplexity_of_a_window_equals_that_of_the_reference_path(quantized, tokenizer, evaluation_ids):
