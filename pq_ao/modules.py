@@ -32,7 +32,9 @@ class PrefixRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, L, d], normalised in float32 and quantized without a rounding between."""
         h = hidden_states.float()
-        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
+        # a sum in float64 rounds to the same float32 in any order, and on a CPU it costs nothing that could be seen
+        dtype = torch.float64 if h.device.type == "cpu" else torch.float32
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True, dtype=dtype).float() + self.eps)
         return self.quantizer(h, hidden_states.dtype)
 
 
