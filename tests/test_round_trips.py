@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = {"qwen2": 2, "qwen3": 1}  # with biases; with norms on the heads
 # What was compiled serves every model that is alike. Exporting takes seconds and packages half a minute, so they are
-# made of one of the three models, which are equal, and so are their programs.
+# made of one of the three models, which are equal, and so are their programs; packages of one family alone.
 CELLS = [("eager", save) for save in SAVES] + [("compiled", save) for save in SAVES]
 CELLS += [("exported", "sharded"), ("aoti", "state_dict")]
 IDS = torch.randint(3, 300, (1, 11), generator=torch.Generator().manual_seed(6))
@@ -59,6 +59,8 @@ def test_the_same_integers(trip, save):
 @pytest.mark.parametrize(("way", "save"), CELLS)
 def test_the_same_logits_and_cache(trip, way, save):
     """At every step those of the model that was never saved, run eagerly."""
+    if way == "aoti" and trip.model.config.model_type != "qwen2":
+        pytest.skip("packages of one family are enough here; `python -m benchmarks.round_trips` takes any")
     outcome = trip.runner.run(way, trip.loaded[save], IDS, NEW_TOKENS)
     assert outcome.equal_steps(trip.eager) == len(outcome.logits) == NEW_TOKENS
     assert outcome.same_cache(trip.eager) and len(outcome.cache) == 2 * len(trip.model.model.layers)

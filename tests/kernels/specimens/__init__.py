@@ -16,6 +16,7 @@ class Specimen:
         options: num_warps, num_stages and other launch options.
         minimum_arch: compiled only for this compute capability (80, 90, 100) and newer.
         aligned: pointers and sizes that are multiples of 16.
+        everywhere: compiled for every architecture though it is not the first of its kernel: it wants much of one.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Specimen:
     options: dict[str, Any] = field(default_factory=dict)
     minimum_arch: int = 80
     aligned: tuple[str, ...] = ()
+    everywhere: bool = False

@@ -44,6 +44,7 @@ def _specimen(
     return Specimen(
         f"silu_hadamard {name}", kernel, types, constants, options,
         minimum_arch=90 if codes.startswith("fp8") or early else 80, aligned=aligned,
+        everywhere=kernel is silu_hadamard_kernel and rows > 96,  # these take the most shared memory
     )  # fmt: skip
 
 
