@@ -298,13 +298,9 @@ def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -
 
 
 def _context(model: PreTrainedModel, context: int | None, num_sequences: int, sequence_length: int) -> int:
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, value in (("sequence_length", sequence_length), ("context", context)):
-        if known is not None and type(value) is int and value > known:
-            raise ValueError(f"{name}={value}: exceeds the model's context of {known} tokens; lower it.")
     if context is None:
-        most = num_sequences * sequence_length // _WINDOWS_OVER_A_POSITION
-        return max(sequence_length, min(known or sequence_length, most))
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sequence_length
+        return max(sequence_length, min(known, num_sequences * sequence_length // _WINDOWS_OVER_A_POSITION))
     if type(context) is not int or context < sequence_length:
         raise ValueError(
             f"context={context!r}: a whole number of at least sequence_length={sequence_length} is needed."
