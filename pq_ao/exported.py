@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 import pq_ao.ops  # noqa: F401  registers the ops that the programs call
 from pq_ao.export_manifest import FILES, Manifest, checked_file, read_manifest
 from pq_ao.ops.kernels.workspace import counters
+from pq_ao.token_inputs import check_ids, left_padding
 
 # the cache's buffers in a program; every other name belongs to the model
 CACHE_PREFIX = "cache_"
@@ -178,29 +179,12 @@ class ExportedDecoder:
 
     def _checked(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """int64 ids, and for programs with padding a boolean mask; both on the programs' device."""
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"input_ids: got {getattr(ids, 'dtype', type(ids).__name__)}; pass a tensor of integers.")
-        batch, vocab = self.manifest.batch_size, self.manifest.vocab_size
-        if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids: got shape {tuple(ids.shape)}; these programs take [{batch}, L] with at least one token. "
-                "For another batch export the model with that batch_size."
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab:  # on a GPU this would end the process
-            raise ValueError(f"input_ids: has ids from {low} to {high}, but the model's embedding has {vocab} rows.")
+        manifest = self.manifest
+        check_ids(ids, manifest.batch_size, manifest.vocab_size, "these programs take", "export the model")
         return ids.to(self.device, torch.int64), self._checked_mask(ids, mask)
 
     def _checked_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask: got shape {tuple(mask.shape)}; it must be that of input_ids, {tuple(ids.shape)}."
-            )
-        mask = mask.bool()
-        if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
-            raise ValueError("attention_mask: zeros may stand on the left only; pass padding_side='left'.")
+        mask = left_padding(torch.ones_like(ids) if mask is None else mask, ids)
         if self.manifest.padded:
             return mask.to(self.device)
         if not mask.all():

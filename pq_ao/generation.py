@@ -18,6 +18,7 @@ from pq_ao.modules import PrefixAttention
 from pq_ao.prefill_chunks import DEFAULT_BUCKETS, checked_buckets, chunks
 from pq_ao.sampling import Sampling
 from pq_ao.static_step import StaticStep, recommended_compile_options
+from pq_ao.token_inputs import check_ids, left_padding
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -353,25 +354,10 @@ class GenerationEngine:
 
     def _checked(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """ids int64, and a boolean mask or None if it hides nothing; both on the device."""
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"input_ids: got {getattr(ids, 'dtype', type(ids).__name__)}; pass a tensor of integers.")
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids: got shape {tuple(ids.shape)}; this engine takes [{self.batch_size}, L] with at least one "
-                "token. For another batch make an engine with that batch_size."
-            )
         rows = self.model.get_input_embeddings().weight.shape[0]
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= rows:  # on a GPU this would end the process
-            raise ValueError(f"input_ids: has ids from {low} to {high}, but the model's embedding has {rows} rows.")
+        check_ids(ids, self.batch_size, rows, "this engine takes", "make an engine")
         if mask is not None:
-            if mask.shape != ids.shape:
-                raise ValueError(
-                    f"attention_mask: got shape {tuple(mask.shape)}; it must be that of input_ids, {tuple(ids.shape)}."
-                )
-            mask = mask.bool()
-            if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
-                raise ValueError("attention_mask: zeros may stand on the left only; pass padding_side='left'.")
+            mask = left_padding(mask, ids)
             mask = None if mask.all() else mask.to(self.device)
         return ids.to(self.device, torch.int64), mask
 

@@ -63,13 +63,12 @@ def silu_hadamard(
 ) -> tuple[Tensor, Tensor]:
     """Codes of R4(silu(gate) * up) - shift, in float32 before the one rounding.
 
-    On a GPU sums of R4 are taken in another order, of operands of 16 bits (95 dB), so that a value near the middle of
-    two codes may become either. Many rows of bfloat16 with a static scale and 4 bits are quicker and coarser: operands
-    of R4, and what is exchanged within it, are rounded to float16, 11 bits; sums are float32. That is 62 dB before the
-    codes, whose own error is at 20 dB: some 0.25 % of them become their neighbour, and the error grows by less than
-    0.001 dB. A silu(gate) * up beyond 3e7 scales is then
-    taken for that, and codes of several such are not to be relied on; of accumulators in_scale and in_bias are
-    rounded to 11 bits as well, for scales between 1e-6 and 1000 and biases up to 1000.
+    On a GPU sums of R4 are taken in another order, of operands of 16 bits, so that a value near the middle of two codes
+    may become either. Many rows of bfloat16 with a static scale and 4 bits are quicker and coarser: operands of R4, and
+    what is exchanged within it, are rounded to float16 (11 bits), sums are float32, and less than 1 code in 200 becomes
+    its neighbour. A silu(gate) * up beyond 3e7 scales is then taken for that, and codes of several such are not to be
+    relied on; of accumulators in_scale and in_bias are rounded to 11 bits as well, for scales between 1e-6 and 1000 and
+    biases up to 1000.
 
     Args:
         gate_up: [..., 2F] floating point, gate first.

@@ -234,7 +234,6 @@ def launch(
     key_scale: Tensor | None, value_scale: Tensor | None, key_clip: Tensor | None, value_clip: Tensor | None,
     key_shift: Tensor | None, value_shift: Tensor | None, start: Tensor, query: Tensor, bits: int,
     tiling: Tiling | RowsTiling | None = None, in_scale: Tensor | None = None, in_bias: Tensor | None = None,
-    
 ) -> None:  # fmt: skip
     """Fills `query` [B, L, H, D] and the cache; all tensors contiguous, `tiling` overrides the choice made here."""
     batch, length, heads, head_dim = query.shape

@@ -27,7 +27,7 @@ from pq_ao.ops.kernels.halves import (
     word,
 )
 from pq_ao.ops.kernels.silu_parts import prefetch, sigmoid_over
-from pq_ao.ops.kernels.silu_rows import choose_rows_tiling, load_tiles, widen
+from pq_ao.ops.kernels.silu_rows import ManyRowsTiling, choose_rows_tiling, load_tiles, widen
 from pq_ao.ops.kernels.workspace import multiprocessors
 
 _ROWS = tl.constexpr(16)  # of the base, that are exchanged together
@@ -232,22 +232,10 @@ def silu_halves_kernel(
 
 
 @dataclass(frozen=True)
-class HalvesTiling:
-    """How rows are done; see the kernel's arguments of the same names."""
+class HalvesTiling(ManyRowsTiling):
+    """That of `silu_halves_kernel`."""
 
-    fold: int
-    warps: int
     split: int = 2
-    early: int = 4
-    registers: int | None = 128  # at most so many a thread
-    programs: int = 2  # a multiprocessor, which do all rows
-
-    def options(self) -> dict[str, int | None]:
-        """What a launch takes of it."""
-        return {
-            "FOLD": self.fold, "W": self.warps, "SPLIT": self.split, "EARLY": self.early, "num_warps": self.warps,
-            "maxnreg": self.registers,
-        }  # fmt: skip
 
 
 _WARPS = 16  # of a multiprocessor: so many have 128 registers a thread

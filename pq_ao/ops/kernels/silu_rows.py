@@ -251,8 +251,8 @@ def silu_rows_kernel(
 
 
 @dataclass(frozen=True)
-class RowsTiling:
-    """How rows are done; see the kernel's arguments of the same names."""
+class ManyRowsTiling:
+    """How programs do all rows, here and in `silu_halves`; see the kernels' arguments of the same names."""
 
     fold: int
     warps: int
@@ -267,6 +267,11 @@ class RowsTiling:
             "FOLD": self.fold, "W": self.warps, "SPLIT": self.split, "EARLY": self.early, "num_warps": self.warps,
             "maxnreg": self.registers,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowsTiling(ManyRowsTiling):
+    """That of `silu_rows_kernel`."""
 
 
 _LARGEST_K = 32  # beyond, the product with the base would be most of the work
