@@ -85,6 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--weight-learning-rate", type=float, default=default.weight_learning_rate, help="of weights")
     add("--end-to-end-epochs", type=positive, default=3, help="passes over all blocks together, in rows *-end-to-end")
     add("--end-to-end-rate", type=float, default=default.end_to_end_rate, help="learning rate there")
+    add("--end-to-end-weight-rate", type=float, default=default.end_to_end_weight_rate, help="of weights, there")
     return parser.parse_args(arguments)
 
 

@@ -67,6 +67,7 @@ class AccuracyRun:
             weight_learning_rate=options.weight_learning_rate,
             validation_sequences=options.validation_sequences,
             end_to_end_rate=options.end_to_end_rate,
+            end_to_end_weight_rate=options.end_to_end_weight_rate,
         )
         corpus = load_text(options.corpus, "test")
         self.calibration_texts = [load_text(source, "train") for source in options.calibration]
@@ -277,6 +278,7 @@ class AccuracyRun:
         calibration = Calibration() if job.calibration is None else CALIBRATIONS[job.calibration]
         calibrated, quantized = job.calibration is not None, setting.path is not None
         finetuned = quantized and calibration.finetuned
+        together = finetuned and calibration.end_to_end
         sequences, length = self._calibration_size(calibration.finetuned)
         training = self.finetune
         return {
@@ -295,8 +297,9 @@ class AccuracyRun:
             "calibration_sequences": sequences if calibrated else None,
             "calibration_length": length if calibrated else None,
             "epochs": training.epochs if finetuned else None,
-            "end_to_end_epochs": self.options.end_to_end_epochs if finetuned and calibration.end_to_end else None,
-            "end_to_end_rate": training.end_to_end_rate if finetuned and calibration.end_to_end else None,
+            "end_to_end_epochs": self.options.end_to_end_epochs if together else None,
+            "end_to_end_rate": training.end_to_end_rate if together else None,
+            "end_to_end_weight_rate": training.end_to_end_weight_rate if together else None,
             "learning_rate": training.learning_rate if finetuned else None,
             "weight_learning_rate": training.weight_learning_rate if finetuned else None,
             "batch_size_training": training.batch_size if finetuned else None,

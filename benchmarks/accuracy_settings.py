@@ -1,6 +1,6 @@
 """The rows of the accuracy table: how each is calibrated, on which path and for how many seeds it is measured.
 
-All of them are the product's own switches. In the order of the paper's ablation (method section 6.3), a step a row.
+All of them are the product's own switches. In the order of the paper's ablation (its Table 5), a step a row.
 """
 
 from collections.abc import Sequence

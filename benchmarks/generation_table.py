@@ -22,6 +22,9 @@ SYSTEM_ORDER = (
 
 Found = tuple[Row, Results]
 
+_OURS = ("pq_ao-static", "bf16")
+_RUN_KEYS = ("model", "phase", "batch", "context", "layers", "extrapolated")
+
 
 def _is_whole(row: Row) -> bool:
     """Whether a row speaks of the whole model: all layers ran, or were extrapolated to."""
@@ -83,7 +86,7 @@ def generation(results: Iterable[Results]) -> str:
 def _table(model: str, phase: str, rows: Sequence[Found]) -> str:
     decode = phase == "decode"
     unit = "ms a token" if decode else "ms"
-    columns = ["batch x context", "system", unit, "tokens/s", "over compiled bf16", "peak GiB"]
+    columns = ["batch x context", "system", unit, "tokens/s", "over compiled bf16", "our time over its", "peak GiB"]
     columns += ["of bandwidth", "kernels a layer"] if decode else ["linears, attention, rest (ms)"]
     lines = [
         f"**{phase.capitalize()}**, {model}'s shape with random weights:",
@@ -91,7 +94,7 @@ def _table(model: str, phase: str, rows: Sequence[Found]) -> str:
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
     ]
-    for row, _ in rows:
+    for row, run in rows:
         cells = [f"{row['batch']} x {row['context']:,}", label(row)]
         if row.get("error") is not None:
             cells += [f"failed: {_cut(row['error'])}", *[""] * (len(columns) - 3)]
@@ -99,15 +102,29 @@ def _table(model: str, phase: str, rows: Sequence[Found]) -> str:
             mark = "*" if row.get("extrapolated") else ""
             speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
             cells += [f"{row['ms']:.2f}{mark}", f"{row['tokens_per_s']:,.0f}"]
-            cells += [speedup if row.get("counts", True) else f"({speedup})"]
+            cells += [speedup if row.get("counts", True) else f"({speedup})", _against_ours(row, run)]
             cells += ["" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
             if decode:
                 fraction = row["bandwidth_fraction"]
                 cells += ["" if fraction is None else f"{fraction:.0%}", str(row["kernels_per_layer"] or "")]
             else:
-                cells += [", ".join(f"{value:.1f}" for value in (row.get("split_ms") or {}).values())]
+                split = {} if row.get("extrapolated") else row.get("split_ms") or {}  # that of a few layers says little
+                cells += [", ".join(f"{value:.1f}" for value in split.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _against_ours(row: Row, run: Results) -> str:
+    """Time of static mode over that of another system, both from its run: what two runs say apart may be the GPU's."""
+    keys = [row.get(name) for name in _RUN_KEYS]
+    ours = [
+        other
+        for other in run.rows
+        if (other["system"], other["head"]) == _OURS and [other.get(name) for name in _RUN_KEYS] == keys
+    ]
+    if row["system"] == _OURS[0] or not ours or ours[-1].get("error") is not None:
+        return ""
+    return f"{ours[-1]['ms'] / row['ms']:.2f}x"
 
 
 def _cut(error: str, most: int = 80) -> str:
@@ -117,7 +134,7 @@ def _cut(error: str, most: int = 80) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    notes = []
+    notes = ["Ratios are those of one run: our time over its, pq_ao-static's time over that of the row's system."]
     if any(row.get("extrapolated") and row.get("error") is None for row in rows):
         notes.append("\\* extrapolated to all layers from fewer layers of the same width.")
     if not all(row.get("counts", True) for row in rows):

@@ -9,7 +9,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.ops import dequantize, prefix_attention
-from pq_ao.ops.attention import attend_plainly
+from pq_ao.ops.attention import attend_causally
 
 ATTENTION_NAME = "prefixquant"
 
@@ -98,6 +98,8 @@ def attend(
     Returns:
         float32 [B, L, H, D].
     """
+    if cache is None and mask is None and key_scale is None:
+        return attend_causally(query, key, value, module.prefix_k, module.prefix_v, module.scaling)
     start: Tensor | int = 0
     without_shift = key_scale is not None  # as codes are, and what a stock cache keeps of them
     if cache is not None:
@@ -121,8 +123,7 @@ def attend(
     if without_shift:
         value_shift = module.kv.value_shift
         prefix_k, prefix_v = prefix_k - module.kv.key_shift, prefix_v - value_shift
-    attention = attend_plainly if query.requires_grad else prefix_attention
-    out_BLHD = attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
+    out_BLHD = prefix_attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
     if value_shift is None:
         return out_BLHD
     return out_BLHD + value_shift.squeeze(1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)

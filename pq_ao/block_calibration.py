@@ -16,7 +16,7 @@ from pq_ao.tensors import PackedWeight
 
 
 def store_prefix(layer: nn.Module, family: DecoderFamily, head: Stream) -> None:
-    """Keeps the prefix's keys and values of this block in full precision (method section 3.3), then moves it on."""
+    """Keeps the prefix's keys and values of this block in full precision, then moves it on."""
     attention: PrefixAttention = layer.get_submodule(family.attention)
     hidden, angles = head.sequences(slice(None))
     _, key, value = attention.project(layer.get_submodule(family.attention_norm)(hidden), angles)

@@ -15,10 +15,10 @@ from pq_ao.quantizers import ActivationQuantizer, Path
 from pq_ao.rounding import LayerInputs
 from pq_ao.streams import Sequences, Stream
 
-# A1 to A4 (method section 1.2) in the order that a block reaches them
+# A1 to A4 in the order that a block reaches them
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 
-_SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention (method section 4.2)
+_SEARCH_SEQUENCES = 8  # for objectives that run the block or its attention
 _HISTOGRAM_BINS = 16384
 # Means, ranges and Gram matrices of more change nothing that could be seen, and each is a pass in float32.
 MOST_TOKENS = 2**17

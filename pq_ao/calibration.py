@@ -128,7 +128,7 @@ def calibrate(
         balance: scale the inner channels of each block against each other first (`pq_ao.balance`); free at run time.
         rounding: "nearest", or "gptq": error-compensating, more accurate and slower.
         search: objective for static scales and clip factors of activations: "tensor" (the activation's own squared
-            error), "block" (that of the block's output, method section 4.2) or "none" (min-max).
+            error), "block" (that of the block's output) or "none" (min-max).
         finetune: trains each block after its rounding (see `FinetuneConfig`); None for not.
         prefix_ids: a prefix of your own instead of the rule's.
         seed: draws the rotation, the windows and the order of training.

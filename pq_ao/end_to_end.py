@@ -2,8 +2,8 @@
 
 A block that learns its own output cannot know which of its errors the following blocks amplify. Here the loss is the
 Kullback-Leibler divergence of the next token's distribution from that of the floating-point decoder with the same
-prefix. Codes stay as they are; what is trained, scales, clip factors and biases, is a few numbers a channel, so that
-memory holds little more than the decoder itself.
+prefix. Scales, clip factors and biases are trained, a few numbers a channel, so that memory holds little more than the
+decoder itself; weights only where `FinetuneConfig.end_to_end_weight_rate` says so.
 """
 
 import copy
@@ -50,7 +50,7 @@ class EndToEndFinetuner:
             self.block_outputs = torch.compile(self.frame.outputs, dynamic=False)
 
     def train(self, sequences: Stream, validation: Stream) -> TrainingHistory:
-        """Gives all blocks better scales, clip factors and biases.
+        """Gives all blocks better scales, clip factors and biases, and codes if their rate is above 0.
 
         Args:
             sequences: to train on, in front of the first block.
@@ -70,7 +70,7 @@ class EndToEndFinetuner:
             (len(sequences.hidden), len(validation.hidden)),
             epochs=config.end_to_end_epochs,
             batch_size=config.batch_size,
-            rates=(config.end_to_end_rate, config.weight_learning_rate),
+            rates=(config.end_to_end_rate, config.end_to_end_weight_rate),
             seed=self.seed,
             title="fine-tuning all blocks together",
             progress=self.progress,
@@ -78,7 +78,7 @@ class EndToEndFinetuner:
         if history.stopped is not None:
             warnings.warn(
                 f"all blocks together: {history.stopped}; kept the state of epoch {history.kept}. Lower "
-                "end_to_end_rate of FinetuneConfig.",
+                "end_to_end_rate or end_to_end_weight_rate of FinetuneConfig.",
                 FinetuneWarning,
                 stacklevel=2,
             )
@@ -102,7 +102,7 @@ class EndToEndFinetuner:
                 hidden = stream.run(layer, Sequences(hidden, angles))
             for hook in hooks:
                 hook.remove()
-            blocks.append(self.frame.tensors_of_codes(layer, units))
+            blocks.append(self.frame.tensors_of_codes(layer, units, self.config.end_to_end_weight_rate > 0))
         return blocks
 
     def _error(self, blocks: list[BlockTensors], stream: Stream, chosen: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class EndToEndFinetuner:
                 exact = stream.run(layer, Sequences(exact, angles))
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             for block in blocks:
-                hidden = self._recomputed(self.block_outputs, block, hidden, stream.mask, angles)
+                hidden = self._recomputed(self.block_outputs, block, hidden, angles)
             # a sequence at a time: logits of all would be most of the memory
             parts = [self._recomputed(self._divergence, *pair) for pair in zip(hidden, exact, strict=True)]
         return torch.stack(parts).mean()

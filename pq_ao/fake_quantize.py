@@ -20,7 +20,7 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """scale * clamp(round(x / scale)), bit for bit what `quantize` and `dequantize` give.
 
     Rounding passes gradients straight through, and clamping stops them: x has a gradient inside the range of codes;
-    that of the scale is code - x / scale inside and the code outside, LSQ's without its factor (method section 5).
+    that of the scale is code - x / scale inside and the code outside, LSQ's without its factor.
 
     Args:
         x: floating point.

@@ -1,7 +1,7 @@
-"""Block-wise fine-tuning (method section 5): a quantized block learns the output of the floating-point one.
+"""Block-wise fine-tuning: a quantized block learns the output of the floating-point one.
 
 The loss is the squared error of each token over the square of its own output: what comes next is a norm, and the few
-tokens with outputs ten times as large (method section 3) would be most of a plain mean squared error.
+tokens with outputs ten times as large would be most of a plain mean squared error.
 """
 
 import math
@@ -38,6 +38,8 @@ class FinetuneConfig:
         validation_sequences: further sequences of the same text, which choose the state that is kept.
         end_to_end_epochs: further passes, over all blocks together (see `pq_ao.end_to_end`); 0 for none.
         end_to_end_rate: learning rate there, of scales, clip factors and biases.
+        end_to_end_weight_rate: learning rate there of weights, in quantization steps; 0 leaves all codes as they are
+            and takes little memory, else the device holds five float32 copies of the weights.
         compile: compile the training step; None for yes on a GPU, no on a CPU.
 
     Raises:
@@ -51,6 +53,7 @@ class FinetuneConfig:
     validation_sequences: int = 8
     end_to_end_epochs: int = 0
     end_to_end_rate: float = 1e-3
+    end_to_end_weight_rate: float = 0.0
     compile: bool | None = None
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class FinetuneConfig:
             value, least = getattr(self, name), 0 if name == "end_to_end_epochs" else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a whole number of at least {least} is required.")
-        for name in ("learning_rate", "weight_learning_rate", "end_to_end_rate"):
+        for name in ("learning_rate", "weight_learning_rate", "end_to_end_rate", "end_to_end_weight_rate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a finite number of at least 0 is required.")
@@ -95,11 +98,11 @@ class Finetuner:
         if config.compile or (config.compile is None and self.on_gpu):
             self.error = torch.compile(self._error, dynamic=False)
 
-    def _error(self, tensors: BlockTensors, batch: tuple[Sequences, Tensor], mask: Tensor) -> Tensor:
+    def _error(self, tensors: BlockTensors, batch: tuple[Sequences, Tensor]) -> Tensor:
         """Mean relative squared error of the tokens of a batch."""
         (hidden, angles), target = batch
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-            output = self.frame.outputs(tensors, hidden, mask, angles).float()
+            output = self.frame.outputs(tensors, hidden, angles).float()
         power = target.square().mean(dim=-1).clamp_min(_SMALLEST_POWER)
         return ((output - target).square().mean(dim=-1) / power).mean()
 
@@ -141,4 +144,4 @@ class Finetuner:
         return history
 
     def _of_batch(self, tensors: BlockTensors, pairs: Pairs, chosen: Tensor) -> Tensor:
-        return self.error(tensors, pairs.batch(chosen), pairs.inputs.mask)
+        return self.error(tensors, pairs.batch(chosen))

@@ -1,4 +1,4 @@
-"""Outlier tokens, the prefix that takes their place, and the check that it holds (method section 3).
+"""Outlier tokens, the prefix that takes their place, and the check that it holds.
 
 Everything here runs on the model as it was loaded: the statistic is taken before R4 and does not depend on R1.
 """
@@ -20,9 +20,9 @@ from pq_ao.families import family_of
 
 logger = logging.getLogger(__name__)
 
-OUTLIER_THRESHOLD = 64.0  # eta1 of method section 3.1
+OUTLIER_THRESHOLD = 64.0  # the paper's eta1
 
-# a lone candidate seen in fewer than this share of the sequences is an accident (method section 3.1)
+# a lone candidate seen in fewer than this share of the sequences is an accident
 _MIN_LONE_FREQUENCY = 0.1
 
 # frequent tokens tried beside BOS where the rule's prefix does not hold
@@ -48,7 +48,7 @@ class PrefixWarning(UserWarning):
 
 @dataclass(frozen=True)
 class OutlierStatistics:
-    """What the rule counts (method section 3.1).
+    """What the rule counts.
 
     Attributes:
         counts: mean number of outlier tokens a sequence, by layer, position 0 included.
@@ -146,7 +146,7 @@ def outlier_statistics(model: PreTrainedModel, windows: Tensor, progress: bool =
 
 
 def prefix_by_rule(statistics: OutlierStatistics, bos_id: int) -> tuple[int, ...]:
-    """The most frequent outlier ids, as many as there are outlier tokens a sequence, then BOS (method section 3.1)."""
+    """The most frequent outlier ids, as many as there are outlier tokens a sequence, then BOS."""
     number = math.ceil(max(statistics.counts))
     distinct = statistics.frequencies
     if len(distinct) == 1 and distinct[0][1] < _MIN_LONE_FREQUENCY * statistics.sequences:

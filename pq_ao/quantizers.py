@@ -49,7 +49,7 @@ class FixedDtype(nn.Module):
 
 
 class ActivationQuantizer(FixedDtype):
-    """One of the sites A1 to A4 (method section 1.2): `attn_in`, `o_in`, `mlp_in`, `down_in`.
+    """One of the sites A1 to A4: `attn_in`, `o_in`, `mlp_in`, `down_in`.
 
     The mean of each channel is taken off before quantizing; what it contributes to the linear is constant, and stands
     in the bias. So the codes spend their range on what changes from token to token.

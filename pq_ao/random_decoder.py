@@ -24,7 +24,7 @@ _CLIP = {4: 2.6, 8: 4.0}
 _NORMED_STD, _ATTENTION_STD, _MLP_STD = 1.0, 0.45, 0.6
 _SHIFT_STD = 0.05
 
-# factor on the absmax of a token in dynamic mode (method section 1.1)
+# factor on the absmax of a token in dynamic mode
 _DYNAMIC_CLIP = 0.95
 
 

@@ -1,4 +1,4 @@
-"""Norm fusion and the rotations R1 to R4 (method section 2), and the exchange of a decoder's modules for ours.
+"""Norm fusion and the rotations R1 to R4, and the exchange of a decoder's modules for ours.
 
 Arithmetic is float64 for each weight, cast once at the end. Row-vector convention: a linear computes x W^T.
 """
@@ -182,7 +182,7 @@ def begin_rotation(
 ) -> BlockRotator:
     """Rotates what stands around the decoder blocks, in place, and returns what rotates the blocks.
 
-    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1 (method section 2.6). The model
+    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1. The model
     computes nonsense until every block was replaced.
 
     Args and errors: see `rotate_`.

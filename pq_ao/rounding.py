@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize
 
-# factors on the absmax scale: a plain grid, further down than method section 4.2's, refined around the best
+# factors on the absmax scale: a plain grid, further down than in the paper's code, refined around the best
 _COARSE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _FINE = (-0.05, -0.025, 0.025, 0.05)
 

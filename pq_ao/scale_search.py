@@ -1,4 +1,4 @@
-"""Shifts, static scales and clip factors of one block, by MSE search (method section 4, in its corrected form).
+"""Shifts, static scales and clip factors of one block, by MSE search.
 
 A factor multiplies the absmax of all tokens (static: a scale) or that of each token (dynamic: a clip factor).
 Objectives for activations: "tensor", the activation's own squared error; "block", the error of the block's output with
@@ -160,13 +160,14 @@ def search_values(sites: BlockSites, bits: int, search: str) -> Found:
 def search_keys(sites: BlockSites, bits: int, search: str) -> Found:
     """Sets shift and scale (or clip factor) of the keys, each head by the squared error of its attention output.
 
-    Prefix and mask included. The output, not the probabilities alone as in method section 4.2: an error on a token
+    Prefix and mask included. The output, not the probabilities alone as in the paper's code: an error on a token
     whose value matters little should count little.
     """
     attention = sites.attention
     groups = attention.kv_heads
     stride = max(1, sites.body.hidden.shape[1] // _SEARCH_QUERIES)
-    mask = sites.body.mask[0, 0, ::stride]
+    slot = torch.arange(sites.body.hidden.shape[1], device=sites.body.device)
+    mask = slot <= slot[::stride, None]
     shift = torch.stack([key.mean(dim=(0, 2)) for _, key, _ in sites.heads]).mean(dim=0).unsqueeze(1)
     attention.kv.key_shift.copy_(shift)
     heads = [(query[:, :, ::stride], key - shift, value) for query, key, value in sites.heads]

@@ -58,7 +58,6 @@ class Stream:
     Attributes:
         hidden: float32 [N, T, d].
         first_positions: int64 [N].
-        mask: bool [1, 1, T, T], causal.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Stream:
         spread = torch.arange(count, dtype=torch.float64) * _GOLDEN_RATIO % 1 * max(0, context - length)
         self.first_positions = (first_position + spread).long()
         self.rotary = model.get_submodule(family.rotary)
-        self.mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.device).tril()
 
     @property
     def tokens(self) -> int:
@@ -100,8 +98,8 @@ class Stream:
             yield self.sequences(chosen)
 
     def run(self, layer: nn.Module, sequences: Sequences) -> Tensor:
-        """One decoder block on some sequences, [n, T, d]."""
-        return layer(sequences.hidden, attention_mask=self.mask, position_embeddings=sequences.angles)
+        """One decoder block on some sequences, causally: [n, T, d]."""
+        return layer(sequences.hidden, attention_mask=None, position_embeddings=sequences.angles)
 
     def advance(self, layer: nn.Module) -> None:
         """Moves all sequences through `layer`, in place."""

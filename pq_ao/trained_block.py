@@ -81,15 +81,20 @@ class BlockFrame:
         weights = {f"{name}.weight": weight.weight / weight.scale[:, None] for name, weight in rounded.items()}
         return found._replace(trained=_leaves(weights | found.trained))
 
-    def tensors_of_codes(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
-        """The tensors of a calibrated block in any dtype, whose codes stay as they are.
+    def tensors_of_codes(self, block: nn.Module, bias_units: Tensors, train_codes: bool = False) -> BlockTensors:
+        """The tensors of a calibrated block in any dtype.
 
         Args:
             bias_units: float32 [N] of each linear, by name.
+            train_codes: training may change the codes; they are where it begins.
         """
         found = self._tensors(block, bias_units)
-        codes = {f"{name}.codes": linear.packed.codes() for name, linear in linears_of(block).items()}
-        return found._replace(start=found.start | codes, trained=_leaves(found.trained))
+        codes = {name: linear.packed.codes() for name, linear in linears_of(block).items()}
+        if train_codes:
+            weights = {f"{name}.weight": code.float() for name, code in codes.items()}
+            return found._replace(trained=_leaves(weights | found.trained))
+        kept = {f"{name}.codes": code for name, code in codes.items()}
+        return found._replace(start=found.start | kept, trained=_leaves(found.trained))
 
     def _tensors(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
         fixed = {name: tensor.detach() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
@@ -107,10 +112,8 @@ class BlockFrame:
             trained[name] = torch.zeros_like(fixed[name])
         return BlockTensors(fixed, start, trained)
 
-    def outputs(
-        self, tensors: BlockTensors, hidden: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """[n, T, d] of hidden states [n, T, d], quantized; differentiable in `tensors.trained`."""
+    def outputs(self, tensors: BlockTensors, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """[n, T, d] of hidden states [n, T, d], quantized, causally; differentiable in `tensors.trained`."""
         fixed, trained = tensors.fixed, tensors.trained
         values = fixed | {name: fixed[name] * trained[name].exp() for name in self.factors}
         for name, site in self.sites.items():
@@ -122,7 +125,7 @@ class BlockFrame:
             # the input comes with its shift, whose part in the product stands in the bias
             bias = bias - (weight * fixed[f"{site}.shift"]).sum(dim=1)
             values |= {f"{name}.weight": weight, f"{name}.bias": bias}
-        arguments = {"attention_mask": mask, "position_embeddings": position_embeddings}
+        arguments = {"attention_mask": None, "position_embeddings": position_embeddings}
         return functional_call(self.block, values, (hidden,), arguments)
 
     @torch.no_grad()

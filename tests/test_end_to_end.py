@@ -83,6 +83,21 @@ def test_codes_shifts_and_floating_point_stay(make_tiny, tiny_tokenizer, english
         assert torch.equal(apart(IDS).logits, together(IDS).logits)
 
 
+def test_weights_with_a_rate_of_their_own_are_trained_too(make_tiny, tiny_tokenizer, english):
+    """Codes change, and the logits come nearer than by scales and biases."""
+    untrained = TOGETHER | {"learning_rate": 0.0, "weight_learning_rate": 0.0}
+    found = {}
+    for rate in (0.0, 0.03):
+        model = _sharp(make_tiny)
+        finetune = untrained | {"end_to_end_weight_rate": rate}
+        history = _calibrate(model, tiny_tokenizer, english, finetune=finetune, search="none").end_to_end
+        found[rate] = history["validation"][history["kept"] - 1], _tensors(model)
+    (plain, without), (trained, codes) = found.values()
+    assert trained < 0.95 * plain
+    for before, after in zip(without, codes, strict=True):
+        assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith(".codes"))
+
+
 def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english):
     models = [_sharp(make_tiny) for _ in range(2)]
     records = [_calibrate(model, tiny_tokenizer, english) for model in models]

@@ -93,11 +93,10 @@ def test_untrained_tensors_compute_the_rounded_block(make_tiny, tiny_tokenizer, 
     frame, tensors, block = seen[0]
     untrained = frame.tensors(block, {name: _as_rounded(linear) for name, linear in _linears(block).items()})
     hidden = torch.randn(2, 9, 96, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     angles = torch.rand(2, 1, 9, 24, generator=torch.Generator().manual_seed(1)).unbind()
     with pq_ao.reference_path(block):
-        expected = block(hidden, attention_mask=mask, position_embeddings=angles)
-    actual = frame.outputs(untrained, hidden, mask, angles)
+        expected = block(hidden, attention_mask=None, position_embeddings=angles)
+    actual = frame.outputs(untrained, hidden, angles)
     error = (actual - expected).square().sum() / (expected - hidden).square().sum()
     assert float(error) < 1e-8
     stored = copy.deepcopy(block)
@@ -156,6 +155,7 @@ def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english, seed):
         ({"weight_learning_rate": -1.0}, "weight_learning_rate=-1.0"),
         ({"end_to_end_epochs": -1}, "end_to_end_epochs=-1; a whole number of at least 0"),
         ({"end_to_end_rate": float("inf")}, "end_to_end_rate=inf"),
+        ({"end_to_end_weight_rate": -0.1}, "end_to_end_weight_rate=-0.1"),
         ({"compile": "yes"}, "compile='yes'"),
     ],
 )

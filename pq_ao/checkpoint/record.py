@@ -24,7 +24,11 @@ _FACTS: dict[str, tuple[type, ...]] = {
 }
 # facts that came after the first checkpoints of this format -> what their absence means
 _LATER = {"balance": False, "context": 0}  # no balance; all windows at the first positions
-_LATER_OF_FINETUNING = {"end_to_end_epochs": 0, "end_to_end_rate": FinetuneConfig.end_to_end_rate}
+_LATER_OF_FINETUNING = {
+    "end_to_end_epochs": 0,
+    "end_to_end_rate": FinetuneConfig.end_to_end_rate,
+    "end_to_end_weight_rate": 0.0,
+}
 _PREFIX: dict[str, tuple[type, ...]] = {
     "rule_ids": (list, type(None)),
     "ratios_before": (dict,),

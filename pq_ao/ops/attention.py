@@ -32,7 +32,7 @@ def attend_plainly(
     mask: Tensor,
     scaling: float,
 ) -> Tensor:
-    """softmax(q [k'; k]^T scaling) [v'; v], the prefix visible to every query (method section 3.3); differentiable.
+    """softmax(q [k'; k]^T scaling) [v'; v], the prefix visible to every query; differentiable.
 
     Args:
         query: [B, H, L, D], floating point.
@@ -60,6 +60,34 @@ def attend_plainly(
         query.float(), key_BGTD, value_BGTD, attn_mask=mask, scale=scaling, enable_gqa=heads != groups
     )
     return out_BHLD.transpose(1, 2).contiguous()
+
+
+def attend_causally(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, scaling: float
+) -> Tensor:
+    """`attend_plainly` of whole sequences, query l at slot l, by kernels that need no mask; differentiable.
+
+    Args:
+        query: [B, H, L, D], floating point.
+        key, value: [B, G, L, D], floating point.
+        prefix_key, prefix_value: [G, P, D], floating point.
+        scaling: factor on the scores.
+
+    Returns:
+        float32 [B, L, H, D], contiguous.
+    """
+    batch, heads = query.shape[:2]
+    groups, prefix_len = prefix_key.shape[:2]
+
+    def behind_prefix(prefix: Tensor, body: Tensor) -> Tensor:
+        whole = torch.cat((prefix.float().expand(batch, -1, -1, -1), body.float()), dim=2)
+        return whole.repeat_interleave(heads // groups, dim=1)  # the kernels for float32 take no groups
+
+    # queries in the prefix's place make it square, which is all that those kernels know of causality
+    query = F.pad(query.float(), (0, 0, prefix_len, 0))
+    key, value = behind_prefix(prefix_key, key), behind_prefix(prefix_value, value)
+    out_BHLD = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out_BHLD[:, :, prefix_len:].transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("pq_ao::prefix_attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""pq_ao::hadamard, the online rotations R3 and R4 (method sections 2.4 and 2.5)."""
+"""pq_ao::hadamard, the online rotations: R3 of queries and keys, R4 before down_proj."""
 
 import torch
 from torch import Tensor

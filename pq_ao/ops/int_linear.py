@@ -209,7 +209,7 @@ def int_linear(
     dtype: torch.dtype,
     act_bits: int | None = None,
 ) -> Tensor:
-    """y = accumulator * (x_scale * w_scale) + bias in float32, rounded to `dtype` (method section 1.3).
+    """y = accumulator * (x_scale * w_scale) + bias in float32, rounded to `dtype`.
 
     Accumulators are exact; on the path E4M3 in bfloat16 they are rounded to it before the scales are applied.
 

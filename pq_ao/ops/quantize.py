@@ -1,9 +1,9 @@
-"""Symmetric quantizers (method section 1.1) in plain PyTorch, so that Inductor fuses them with their neighbours."""
+"""Symmetric quantizers in plain PyTorch, so that Inductor fuses them with their neighbours."""
 
 import torch
 from torch import Tensor
 
-# the reference clamps every scale to this range (method section 1.1)
+# the paper's code clamps every scale to this range
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 
 # A row's largest value, -7.5 scales, would sit on the edge between two codes, and the last bit of its computation
@@ -31,7 +31,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int
 
 
 def row_scale(x: Tensor, clip: Tensor, bits: int) -> Tensor:
-    """float32 [..., 1], one scale for each row of the last axis: 2 clip absmax / (2^bits - 1) (method section 1.1).
+    """float32 [..., 1], one scale for each row of the last axis: 2 clip absmax / (2^bits - 1).
 
     Its factors are multiplied in this order, here and in kernels: absmax, that off the edge, clip, 2 / (2^bits - 1).
 

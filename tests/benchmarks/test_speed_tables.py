@@ -38,15 +38,27 @@ class TestGeneration:
         ]
         text = generation([run_of("2026-01-01T00:00:00Z", rows)])
         assert lines_of(text) == [
-            "| 1 x 1,024 | bf16-compiled, fused projections | 5.00 | 500 | 1.00x | 6.2 | 50% | 9 |",
-            "| 1 x 1,024 | torchao-int4wo | failed: RuntimeError: a / b |  |  |  |  |  |",
-            "| 1 x 1,024 | pq_ao-static | 2.00 | 500 | 2.50x | 6.2 | 50% | 9 |",
-            "| 1 x 1,024 | pq_ao-static, int8 head | 1.50 | 500 | 3.33x | 6.2 | 50% | 9 |",
-            "| 32 x 8,192 | pq_ao-static | 2.00 | 500 | 2.50x |  | 50% |  |",
-            "| 4 x 2,048 | pq_ao-static | 2.00 | 81,920 | 2.50x | 6.2 | 1.0, 0.2, 0.5 |",
+            "| 1 x 1,024 | bf16-compiled, fused projections | 5.00 | 500 | 1.00x | 0.40x | 6.2 | 50% | 9 |",
+            "| 1 x 1,024 | torchao-int4wo | failed: RuntimeError: a / b |  |  |  |  |  |  |",
+            "| 1 x 1,024 | pq_ao-static | 2.00 | 500 | 2.50x |  | 6.2 | 50% | 9 |",
+            "| 1 x 1,024 | pq_ao-static, int8 head | 1.50 | 500 | 3.33x |  | 6.2 | 50% | 9 |",
+            "| 32 x 8,192 | pq_ao-static | 2.00 | 500 | 2.50x |  |  | 50% |  |",
+            "| 4 x 2,048 | pq_ao-static | 2.00 | 81,920 | 2.50x |  | 6.2 | 1.0, 0.2, 0.5 |",
         ]
         assert text.count("Measured 2026-01-01 on NVIDIA H200 (torch 2.13.0), commit abc1234") == 1
         assert "extrapolated" not in text and "In brackets" not in text
+
+    def test_ratio_to_ours_is_that_of_one_run(self):
+        """A row of all layers in another file does not stand in for the one of as few layers beside it."""
+        few = {"layers": 2, "extrapolated": True}
+        runs = [
+            run_of("2026-01-01T00:00:00Z", [row_of(ms=3.0)]),
+            run_of("2026-01-02T00:00:00Z", [row_of(ms=2.0, **few), row_of("torchao-float8dq", 2.5, **few)]),
+            run_of("2026-01-03T00:00:00Z", [row_of("torchao-int4wo", 2.5, **few)]),
+        ]
+        cells = {line.split(" | ")[1]: line.split(" | ")[2:6] for line in lines_of(generation(runs))}
+        assert cells["torchao-float8dq"] == ["2.50*", "500", "2.50x", "0.80x"]
+        assert cells["torchao-int4wo"][3] == "" and cells["pq_ao-static"] == ["3.00", "500", "2.50x", ""]
 
     def test_newest_whole_and_measured_rows_win(self):
         runs = [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pq_ao.ops import code_range, pack_int4, prefix_attention
+from pq_ao.ops.attention import attend_causally
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +70,7 @@ class Case:
         """Head by head and in float64; [B, L, H, D]."""
         batch, heads, queries, head_dim = self.query.shape
         groups, prefix = self.prefix_key.shape[:2]
-        out = torch.empty(batch, queries, heads, head_dim, dtype=torch.float64)
+        out = self.query.new_empty(batch, queries, heads, head_dim, dtype=torch.float64)
         visible = self.mask.expand(batch, -1, -1, -1)
         for b in range(batch):
             for h in range(heads):
@@ -178,3 +179,23 @@ def test_prefix_is_exact():
 def test_opcheck(stored, scales, prefix, queries):
     case = Case(stored, scales=scales, prefix=prefix, queries=queries)
     torch.library.opcheck(torch.ops.pq_ao.prefix_attention.default, case.args())
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
+def test_whole_sequences_without_a_mask(heads, groups, prefix):
+    """Results and gradients are those of the masked form."""
+    case = Case("float32", heads=heads, groups=groups, queries=9, slots=9, prefix=prefix)
+    case.key64, case.value64 = case.key.double(), case.value.double()
+    inputs = (case.query, case.key, case.value)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attend_causally(*leaves, case.prefix_key, case.prefix_value, case.scaling)
+    case.query, case.key64, case.value64 = wide = [x.double().requires_grad_() for x in inputs]
+    expected = case.expected()
+    assert out.dtype == torch.float32 and out.is_contiguous() and out.shape == expected.shape
+    assert sqnr(expected, out) >= SQNR_FLOOR_DB
+    weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for ours, theirs in zip(leaves, wide, strict=True):
+        assert sqnr(theirs.grad, ours.grad) >= SQNR_FLOOR_DB

@@ -98,7 +98,7 @@ class TestAccumulate:
 
 
 def epilogue(acc, x_scale, w_scale, bias, dtype) -> torch.Tensor:
-    """method section 1.3: the one float32 rounding of each step, written out in float64."""
+    """The one float32 rounding of each step, written out in float64."""
     scale = (x_scale.double() * w_scale.double()).float()
     y = (acc.float().double() * scale.double()).float()
     if bias is not None:
