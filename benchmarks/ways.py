@@ -26,8 +26,8 @@ SAVES = ("single", "sharded", "state_dict")
 WAYS = ("eager", "compiled", "exported", "aoti")
 INDUCTORS_WAYS = ("compiled", "aoti")
 
-# the bits of eager: Inductor then rounds between fused operations where eager does
-_COMPILE_OPTIONS = {"emulate_precision_casts": True}
+# the bits of eager: Inductor then rounds between fused operations where eager does, and divides as it does
+_COMPILE_OPTIONS = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 _LAYER_TENSORS = ("keys", "values", "key_scale", "value_scale")
 _SHARDS = 3
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 import transformers
@@ -175,13 +176,12 @@ def calibrate(
     )
     record.prefix_seconds = prefix_seconds
     with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
-        _Pipeline(model, record, train, validation, storage, progress).run(journal)
+        pipeline = _Pipeline(model, record, train, validation, storage, progress)
+        pipeline.run(journal)
     if finetune is not None and finetune.end_to_end_epochs:
         before = time.perf_counter()
-        family = family_of(model)
-        finetuner = EndToEndFinetuner(model, family, finetune, seed, progress)
-        streams = (Stream(model, family, ids, storage=storage, context=context) for ids in (train, validation))
-        record.end_to_end = finetuner.train(*streams).to_dict()
+        finetuner = EndToEndFinetuner(model, family_of(model), finetune, seed, progress)
+        record.end_to_end = finetuner.train(*pipeline.through_all_blocks()).to_dict()
         record.end_to_end_seconds = time.perf_counter() - before
     record.seconds = time.perf_counter() - started
     model.calibration_record = record
@@ -214,11 +214,12 @@ class _Pipeline:
         self.layers = model.get_submodule(self.family.layers)
         prefix = torch.tensor([record.prefix.prefix_ids], dtype=torch.int64)
         self.head = Stream(model, self.family, prefix, first_position=-prefix.shape[1])
+        self.train, self.held_out = train, validation
+        self.begin = partial(Stream, model, self.family, storage=storage, context=record.context)
         # what each block is to learn; the quantized path itself is all that scales and codes are chosen on
         learns = record.finetune is not None
-        streams = {"storage": storage, "context": record.context}
-        self.body, *self.floats = (Stream(model, self.family, train, **streams) for _ in range(1 + learns))
-        self.validation = [Stream(model, self.family, validation, **streams) for _ in range(2 * learns)]
+        self.body, *self.floats = (self.begin(train) for _ in range(1 + learns))
+        self.validation = [self.begin(validation) for _ in range(2 * learns)]
         self.finetuner: Finetuner | None = None
 
     def run(self, journal: CalibrationJournal | None) -> None:
@@ -247,6 +248,11 @@ class _Pipeline:
                     stream.advance(layer)
             cast_block(layer, self.dtype)
             self.record.block_seconds.append(time.perf_counter() - started)
+
+    def through_all_blocks(self) -> tuple[Pairs, Pairs]:
+        """What enters the first block, and what leaves the last one in floating point: to train and to validate on."""
+        self.body, self.validation[0] = self.begin(self.train), self.begin(self.held_out)
+        return Pairs(self.body, *self.floats), Pairs(*self.validation)
 
     def _calibrate(self, sites: BlockSites, index: int, found: Found) -> dict:
         """One block; the quantized path is still in front of it afterwards, the other behind."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pq_ao.block_calibration import cast_block
 from pq_ao.families import DecoderFamily
-from pq_ao.finetune import FinetuneConfig, FinetuneWarning
+from pq_ao.finetune import FinetuneConfig, FinetuneWarning, Pairs
 from pq_ao.modules import on_path, path_switches
 from pq_ao.quantizers import Path
 from pq_ao.streams import Sequences, Stream
@@ -49,11 +49,11 @@ class EndToEndFinetuner:
         if config.compile or (config.compile is None and self.on_gpu):
             self.block_outputs = torch.compile(self.frame.outputs, dynamic=False)
 
-    def train(self, sequences: Stream, validation: Stream) -> TrainingHistory:
+    def train(self, pairs: Pairs, validation: Pairs) -> TrainingHistory:
         """Gives all blocks better scales, clip factors and biases, and codes if their rate is above 0.
 
         Args:
-            sequences: to train on, in front of the first block.
+            pairs: to train on: in front of the first block, and behind the last one in floating point.
             validation: others, which choose the state that is kept.
 
         Returns:
@@ -62,12 +62,12 @@ class EndToEndFinetuner:
         Warns:
             FinetuneWarning: a divergence was not finite; the blocks keep their best state until then.
         """
-        blocks, config = self._tensors(sequences), self.config
+        blocks, config = self._tensors(pairs.inputs), self.config
         history, best = train(
             {f"{i}.{name}": tensor for i, block in enumerate(blocks) for name, tensor in block.trained.items()},
-            lambda chosen: self._error(blocks, sequences, chosen),
+            lambda chosen: self._error(blocks, pairs, chosen),
             lambda chosen: self._error(blocks, validation, chosen),
-            (len(sequences.hidden), len(validation.hidden)),
+            (len(pairs.inputs.hidden), len(validation.inputs.hidden)),
             epochs=config.end_to_end_epochs,
             batch_size=config.batch_size,
             rates=(config.end_to_end_rate, config.end_to_end_weight_rate),
@@ -105,13 +105,9 @@ class EndToEndFinetuner:
             blocks.append(self.frame.tensors_of_codes(layer, units, self.config.end_to_end_weight_rate > 0))
         return blocks
 
-    def _error(self, blocks: list[BlockTensors], stream: Stream, chosen: Tensor) -> Tensor:
+    def _error(self, blocks: list[BlockTensors], pairs: Pairs, chosen: Tensor) -> Tensor:
         """Mean divergence over the tokens of the chosen sequences."""
-        hidden, angles = stream.sequences(chosen)
-        with torch.no_grad():
-            exact = hidden.to(self.dtype)
-            for layer in self.layers:
-                exact = stream.run(layer, Sequences(exact, angles))
+        (hidden, angles), exact = pairs.batch(chosen)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             for block in blocks:
                 hidden = self._recomputed(self.block_outputs, block, hidden, angles)

@@ -16,6 +16,30 @@ from pq_ao.quantizers import ActivationQuantizer, FixedDtype, KVQuantizer, KVSlo
 from pq_ao.tensors import QuantizedActivation
 
 
+def _normalized(hidden_states: Tensor, eps: float) -> Tensor:
+    """float32; sums are in float64, so that they round to the same float32 in any order: eager's and a compiler's."""
+    h = hidden_states.float()
+    return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True, dtype=torch.float64).float() + eps)
+
+
+class FinalRMSNorm(nn.Module):
+    """RMSNorm in front of the head, which has its gain.
+
+    Args:
+        eps: the model's own rms_norm_eps.
+        weight: ones [d]; checkpoints hold it.
+    """
+
+    def __init__(self, eps: float, weight: nn.Parameter):
+        super().__init__()
+        self.eps = eps
+        self.weight = weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, d] in its own dtype."""
+        return self.weight * _normalized(hidden_states, self.eps).to(hidden_states.dtype)
+
+
 class PrefixRMSNorm(nn.Module):
     """RMSNorm whose gain went into the linears behind it; emits the quantized activation that they share.
 
@@ -31,11 +55,7 @@ class PrefixRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, L, d], normalised in float32 and quantized without a rounding between."""
-        h = hidden_states.float()
-        # a sum in float64 rounds to the same float32 in any order, and on a CPU it costs nothing that could be seen
-        dtype = torch.float64 if h.device.type == "cpu" else torch.float32
-        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True, dtype=dtype).float() + self.eps)
-        return self.quantizer(h, hidden_states.dtype)
+        return self.quantizer(_normalized(hidden_states, self.eps), hidden_states.dtype)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pq_ao.config import PrefixQuantConfig
 from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submodule
 from pq_ao.hadamard import hadamard_transform, random_signs, randomized_hadamard
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
-from pq_ao.modules import PrefixAttention, PrefixMLP, PrefixRMSNorm
+from pq_ao.modules import FinalRMSNorm, PrefixAttention, PrefixMLP, PrefixRMSNorm
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 
 
@@ -205,6 +205,7 @@ def begin_rotation(
     replace_submodule(model, family.embedding, KeptEmbedding(table, embedding.padding_idx))
     replace_submodule(model, family.head, KeptLinear(head, None if head_bias is None else head_bias.to(dtype)))
     final_norm.weight.fill_(1)
+    replace_submodule(model, family.final_norm, FinalRMSNorm(model.config.rms_norm_eps, final_norm.weight))
 
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)

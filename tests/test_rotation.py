@@ -82,7 +82,7 @@ class TestSameFunction:
         model = rotate_(make_tiny("llama", rms_norm_eps=3e-3), PrefixQuantConfig())
         norms = [module for module in model.modules() if isinstance(module, PrefixRMSNorm)]
         assert len(norms) == 4 and all(norm.eps == 3e-3 for norm in norms)
-        assert model.model.norm.variance_epsilon == 3e-3
+        assert model.model.norm.eps == 3e-3
 
     def test_with_left_padding(self, make_tiny):
         model = make_tiny("qwen2")

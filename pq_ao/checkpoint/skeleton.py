@@ -16,7 +16,7 @@ from pq_ao.config import PrefixQuantConfig
 from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submodule
 from pq_ao.head import Int8Head
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
-from pq_ao.modules import PrefixAttention, PrefixMLP, PrefixRMSNorm
+from pq_ao.modules import FinalRMSNorm, PrefixAttention, PrefixMLP, PrefixRMSNorm
 from pq_ao.quantizers import ActivationQuantizer, FixedDtype, KVQuantizer
 from pq_ao.tensors import PackedWeight
 
@@ -64,6 +64,8 @@ def build_skeleton(model: PreTrainedModel, config: CheckpointConfig) -> None:
         replace_submodule(model, family.head, _StoredLinear(*head.weight.shape, 8, bias_dtype))
     else:
         replace_submodule(model, family.head, KeptLinear(head.weight, head.bias))
+    final_norm = FinalRMSNorm(model.config.rms_norm_eps, model.get_submodule(family.final_norm).weight)
+    replace_submodule(model, family.final_norm, final_norm)
     for layer in model.get_submodule(family.layers):
         _strip_layer(layer, family, model.config, scheme, config.prefix_tokens, dtype)
     model.set_attn_implementation(ATTENTION_NAME)
