@@ -20,6 +20,8 @@ from pq_ao.tensors import PackedWeight
 
 Tensors = dict[str, Tensor]
 
+_ASIDE = 0.45  # of a quantization step, from the code towards the next one
+
 
 class BlockTensors(NamedTuple):
     """The tensors of one block, by name.
@@ -86,15 +88,15 @@ class BlockFrame:
 
         Args:
             bias_units: float32 [N] of each linear, by name.
-            train_codes: training may change the codes; they are where it begins.
+            train_codes: training may change the codes. They are where it begins, each weight as near to its value in
+                floating point as its code allows: those that were rounded far may change first.
         """
-        found = self._tensors(block, bias_units)
-        codes = {name: linear.packed.codes() for name, linear in linears_of(block).items()}
+        found, linears = self._tensors(block, bias_units), linears_of(block)
         if train_codes:
-            weights = {f"{name}.weight": code.float() for name, code in codes.items()}
+            weights = {f"{name}.weight": _leaning(linear) for name, linear in linears.items()}
             return found._replace(trained=_leaves(weights | found.trained))
-        kept = {f"{name}.codes": code for name, code in codes.items()}
-        return found._replace(start=found.start | kept, trained=_leaves(found.trained))
+        codes = {f"{name}.codes": linear.packed.codes() for name, linear in linears.items()}
+        return found._replace(start=found.start | codes, trained=_leaves(found.trained))
 
     def _tensors(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
         fixed = {name: tensor.detach() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
@@ -157,6 +159,13 @@ class BlockFrame:
     def _bias(tensors: BlockTensors, name: str) -> Tensor:
         start = tensors.start
         return start[f"{name}.bias"] + start[f"{name}.bias_unit"] * tensors.trained[f"{name}.bias"]
+
+
+def _leaning(linear: CalibratedLinear) -> Tensor:
+    """Weights in quantization steps, [N, K], that round to the codes."""
+    codes = linear.packed.codes().float()
+    aside = linear.weight.float() / linear.packed.scale[:, None] - codes
+    return codes + aside.clamp(-_ASIDE, _ASIDE)
 
 
 def _leaves(tensors: Tensors) -> Tensors:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_sequences": 32, "sequence_length": 96, "context": 96, "prefix_ids": (5, 0), "progress": False}
 BLOCKWISE = {"epochs": 1, "validation_sequences": 8}
 TOGETHER = BLOCKWISE | {"end_to_end_epochs": 4, "end_to_end_rate": 1e-3}
-WEIGHTS_TOO = TOGETHER | {"end_to_end_weight_rate": 0.02}
+WEIGHTS_TOO = TOGETHER | {"end_to_end_weight_rate": 0.003}
 IDS = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -89,7 +89,7 @@ def test_weights_with_a_rate_of_their_own_change_codes_too(make_tiny, tiny_token
     apart, together = _sharp(make_tiny), _sharp(make_tiny)
     _calibrate(apart, tiny_tokenizer, english, finetune=BLOCKWISE)
     record = _calibrate(together, tiny_tokenizer, english, finetune=WEIGHTS_TOO)
-    assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_weight_rate == 0.02
+    assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_weight_rate == 0.003
     for before, after in zip(_tensors(apart), _tensors(together), strict=True):
         assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith(".codes"))
 
