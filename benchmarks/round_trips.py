@@ -36,6 +36,7 @@ from recipes.terminal import columns
 
 BENCHMARK = "round_trips"
 
+PARTS = ("cells", "decode")
 _ORIGINAL = "original"
 _LEAD = 4  # untimed steps: they compile and record
 
@@ -60,7 +61,14 @@ class RoundTrips:
         self.began = time.monotonic()
 
     def run(self) -> None:
-        """The folder, all cells, and on a GPU the decode."""
+        """The parts that were asked for."""
+        if "cells" in self.options.parts:
+            self._cells()
+        if "decode" in self.options.parts:
+            self._keep({"what": "decode", **self._decode_times()})
+
+    def _cells(self) -> None:
+        """All cells, and what the folders cost."""
         originals = dict(self._originals())
         known = integers_of(self.model)
         for save in self.options.saves:
@@ -73,8 +81,6 @@ class RoundTrips:
                 self._keep({"what": "folder", "save": save, **cost_of_loading(folder, self.options.device)})
             del loaded
             gc.collect()
-        if self.model.device.type == "cuda":
-            self._keep({"what": "decode", **self._decode_times()})
 
     def _originals(self) -> Iterator[tuple[str, Outcome]]:
         """The model that was never saved, on every way; eager first, which the others are compared with."""
@@ -216,6 +222,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ways = [way for way in WAYS if way != "aoti" or not on_gpu]
     add("--model", help="a checkpoint, or a model to calibrate briefly; SmolLM2-135M-Instruct by default")
     add("--device", default="cuda" if on_gpu else "cpu")
+    add("--parts", nargs="+", choices=PARTS, help="all by default; decode, the timed one, is for GPUs")
     add("--saves", nargs="+", choices=SAVES, default=list(SAVES))
     add("--ways", nargs="+", choices=WAYS, default=ways, help="aoti is for CPUs")
     add("--prompt-tokens", type=positive, default=24, help="drawn at random")
@@ -225,7 +232,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sequence-length", type=positive, default=128)
     add("--repeats", type=positive, default=7, help="of the timed decode")
     add("--output", default=str(RESULTS), help="folder of the results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = PARTS if options.device.startswith("cuda") else PARTS[:1]
+    options.parts = options.parts or known
+    if not set(options.parts) <= set(known):
+        parser.error(f"--parts decode: times CUDA graphs; leave it out with --device {options.device}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = RoundTrips(model, options, ResultsFile(results, options.output), Path(folder))
         run.run()
-    print(
-        f"\n{table([row for row in results.rows if row['what'] == 'cell'])}\n\nwritten to {run.file.path}", flush=True
-    )
+    if cells := [row for row in results.rows if row["what"] == "cell"]:
+        print(f"\n{table(cells)}")
+    print(f"\nwritten to {run.file.path}", flush=True)
     return 1 if run.failures else 0
 
 

@@ -154,6 +154,11 @@ class TestCommand:
         assert results.rows[1]["integers"] is False and results.rows[1]["steps_as_original"] == 0
         assert "eager x state_dict: DIFFERS" in capsys.readouterr().out
 
+    def test_nothing_to_time_on_a_cpu(self, arguments, capsys):
+        with pytest.raises(SystemExit):
+            round_trips.main([*arguments, "--parts", "cells", "decode"])
+        assert "--parts decode: times CUDA graphs; leave it out with --device cpu" in capsys.readouterr().err
+
     def test_an_error_is_a_row(self, arguments, tmp_path, capsys, monkeypatch):
         def fail(*args):
             raise RuntimeError("no compiler here\nand more")
