@@ -24,7 +24,6 @@ from pq_ao.tensors import PackedWeight
 
 SAVES = ("single", "sharded", "state_dict")
 WAYS = ("eager", "compiled", "exported", "aoti")
-INDUCTORS_WAYS = ("compiled", "aoti")
 
 # the bits of eager: Inductor then rounds between fused operations where eager does, and divides as it does
 _COMPILE_OPTIONS = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}

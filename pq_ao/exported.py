@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 import pq_ao.ops  # noqa: F401  registers the ops that the programs call
 from pq_ao.export_manifest import FILES, Manifest, checked_file, read_manifest
 from pq_ao.ops.kernels.workspace import counters
+from pq_ao.static_step import MODES_WITH_GRAPHS, StaticStep
 from pq_ao.token_inputs import check_ids, left_padding
 
 # the cache's buffers in a program; every other name belongs to the model
@@ -104,7 +105,7 @@ class ExportedDecoder:
             tokens: int64 [B], on the programs' device.
 
         Returns:
-            [B, V] logits; where decode is compiled with CUDA graphs, valid until the next call.
+            [B, V] logits; where decode was compiled on a GPU, valid until the next call.
 
         Raises:
             ValueError: the cache is full.
@@ -238,8 +239,9 @@ def load_exported(folder: str | os.PathLike[str], *, compile_options: dict[str, 
 
     Args:
         folder: with a manifest.json.
-        compile_options: keyword arguments of `torch.compile` for decode, such as {"mode": "reduce-overhead"} on a GPU;
-            None runs it as it is. Packages of AOTInductor are compiled already.
+        compile_options: keyword arguments of `torch.compile` for decode, best those of
+            `pq_ao.recommended_compile_options`; None runs it as it is. On a GPU what was compiled is recorded as a CUDA
+            graph, unless a mode such as "reduce-overhead" does that. Packages of AOTInductor are compiled already.
 
     Raises:
         ValueError: the folder is damaged, incomplete or of a later version; its device is not here; or
@@ -288,8 +290,21 @@ def decoder_of(
     counters(cache[LENGTH_NAME].device)  # must exist before a CUDA graph is recorded
     step = decode.module()
     if compile_options is not None:
-        step = torch.compile(step, **compile_options)
+        step = _compiled(step, cache, compile_options)
     return ExportedDecoder(prefill.module(), step, cache, manifest)
+
+
+def _compiled(decode: Step, cache: dict[str, Tensor], options: dict[str, Any]) -> Step:
+    device = cache[LENGTH_NAME].device
+    if device.type != "cuda" or options.get("mode") in MODES_WITH_GRAPHS:
+        return torch.compile(decode, **options)
+    return StaticStep(decode, options, lambda: take_back(cache), torch.cuda.graph_pool_handle())
+
+
+def take_back(cache: dict[str, Tensor]) -> None:
+    """Forgets the last token of each row; the next one takes its slot."""
+    for name in {LENGTH_NAME, SEEN_NAME} & cache.keys():
+        cache[name].sub_(1)
 
 
 def _load_packages(paths: dict[str, Path], manifest: Manifest, folder: Path) -> ExportedDecoder:

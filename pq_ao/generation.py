@@ -17,10 +17,8 @@ from pq_ao.families import head_dim_of
 from pq_ao.modules import PrefixAttention
 from pq_ao.prefill_chunks import DEFAULT_BUCKETS, checked_buckets, chunks
 from pq_ao.sampling import Sampling
-from pq_ao.static_step import StaticStep, recommended_compile_options
+from pq_ao.static_step import MODES_WITH_GRAPHS, StaticStep, recommended_compile_options
 from pq_ao.token_inputs import check_ids, left_padding
-
-_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # slots beyond `max_cache_len`, so that the last chunk of a prompt can be filled up
 _SPARE_SLOTS = DEFAULT_BUCKETS[0]
@@ -68,7 +66,7 @@ class GenerationEngine:
         compile_options: dict[str, Any] | None = None,
         prefill_buckets: Sequence[int] | None = None,
     ):
-        if compile_options is not None and compile_options.get("mode") in _MODES_WITH_GRAPHS:
+        if compile_options is not None and compile_options.get("mode") in MODES_WITH_GRAPHS:
             raise ValueError(
                 f"compile_options: mode={compile_options['mode']!r} records CUDA graphs, which the engine does itself; "
                 "use 'default' or 'max-autotune-no-cudagraphs'."

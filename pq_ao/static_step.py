@@ -8,6 +8,9 @@ from torch import Tensor
 # runs before recording: the first compiles and lets kernels load, the second finds everything in place
 _WARM_UP_RUNS = 2
 
+# of torch.compile, that record CUDA graphs themselves
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+
 # Dynamo allows 8 variants of one function; every prefill bucket of every engine in the process is one
 _VARIANTS = 256
 

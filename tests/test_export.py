@@ -5,7 +5,7 @@ import torch
 
 import pq_ao
 from pq_ao.export import export_decoder
-from pq_ao.exported import LENGTH_NAME, SEEN_NAME, VISIBLE_NAME, cache_names
+from pq_ao.exported import LENGTH_NAME, SEEN_NAME, VISIBLE_NAME, cache_names, take_back
 from tests.checkpoints import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +125,20 @@ def test_a_padded_row_is_continued_as_it_is_alone(padded):
         assert torch.equal(replies[row, 30:], _eager(model, prompt, 24)[0, prompt.shape[1] :])
     expected = _eager(model, ids, 24)
     assert torch.equal(decoder.generate(ids, 24, **NO_END), expected)  # without a mask every token counts
+
+
+def test_a_token_that_was_taken_back_leaves_nothing_behind(padded):
+    """As recording a CUDA graph does with the runs before it."""
+    _, programs, ids, mask = padded
+    decoder = programs.decoder()
+    decoder.prefill(ids, mask)
+    expected = decoder.decode(ids[:, -1]).clone()
+    after = {name: tensor.clone() for name, tensor in decoder.cache.items()}
+    take_back(decoder.cache)
+    decoder.decode(ids[:, 0])
+    take_back(decoder.cache)
+    assert torch.equal(decoder.decode(ids[:, -1]), expected)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in decoder.cache.items())
 
 
 def test_padded_programs_of_aten_alone(padded):

@@ -45,6 +45,14 @@ def test_the_text_is_the_decoder_s_and_no_transformers_is_loaded(folder):
     assert run.stdout.startswith(tokenizer.decode(reply.tolist()))
 
 
+def test_compiled_decode_gives_the_same_text(folder, capsys, monkeypatch):
+    """The option arrives; what it compiles is the product's."""
+    options = {"options": {"emulate_precision_casts": True}}
+    monkeypatch.setattr(run_exported, "recommended_compile_options", lambda device: options)
+    arguments = [str(folder), "--prompt", PROMPT, "--new-tokens", "12"]
+    assert run_exported.main([*arguments, "--compile"]) == run_exported.main(arguments)
+
+
 def test_a_missing_tokenizer_is_named(folder, tmp_path):
     with pytest.raises(SystemExit, match="nowhere.json: there is no such file; name the tokenizer.json of the model"):
         run_exported.main([str(folder), "--tokenizer", str(tmp_path / "nowhere.json")])

@@ -204,6 +204,19 @@ def test_the_folder_of_an_older_version_loads(exported, folder):
     assert torch.equal(decoder.generate(IDS, 8, **NO_END), exported[0].decoder().generate(IDS, 8, **NO_END))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_recorded_decode_gives_the_tokens_of_the_programs(tmp_path, padded):
+    model = tiny("qwen2", dtype=torch.bfloat16).cuda()
+    pq_ao.export_decoder(model, 1, 48, padded=padded).save(tmp_path / "programs")
+    options = {"options": {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}}
+    plain, recorded = (load_exported(tmp_path / "programs", compile_options=chosen) for chosen in (None, options))
+    for _ in range(2):  # recording, then replay
+        assert torch.equal(recorded.generate(IDS, 24, **NO_END), plain.generate(IDS, 24, **NO_END))
+        assert all(torch.equal(tensor, plain.cache[name]) for name, tensor in recorded.cache.items())
+
+
 def test_programs_for_a_gpu_are_refused_without_one(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _edit(folder, device="cuda")
