@@ -17,6 +17,7 @@ from benchmarks.calibration_table import calibration
 from benchmarks.generation_table import generation, speedups
 from benchmarks.kernels_table import kernels
 from benchmarks.results_file import RESULTS, ROOT, Results, load_results
+from benchmarks.round_trips_table import round_trips
 from pq_ao.plots import plot_speedups, plotted
 
 PLOT = "generation.png"
@@ -37,6 +38,7 @@ def _with_plot(results: Iterable[Results]) -> str:
 
 
 SECTIONS = (
+    _Section("round_trips", round_trips),
     _Section("accuracy", accuracy),
     _Section("calibration", calibration),
     _Section("generation", _with_plot),
