@@ -25,6 +25,10 @@ _CONFIG = {
 }
 
 
+# taken apart, these round otherwise than eager code does
+_WHOLE = (torch.ops.aten.silu.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+
+
 def _hadamard(x: Tensor, base: Tensor) -> Tensor:
     return hadamard_transform(x, base).contiguous()
 
@@ -33,6 +37,8 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
     """What `run_decompositions` takes for a program without our ops, traced on the unfused way of attention."""
     ops = torch.ops.pq_ao
     table = torch.export.default_decompositions()
+    for whole in _WHOLE:
+        table.pop(whole, None)
     table.update(
         {
             ops.hadamard.default: _hadamard,

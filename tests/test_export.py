@@ -147,6 +147,10 @@ def test_padded_programs_of_aten_alone(padded):
     plain = export_decoder(model, 3, SLOTS, padded=True, backend="aoti")
     targets = [node.target for node in plain.prefill.graph.nodes if node.op == "call_function"]
     assert {op.namespace for op in targets if isinstance(op, torch._ops.OpOverload)} == {"aten"}
+    # as eager code calls them: taken apart they round otherwise, and a code flips once in some hundred tokens
+    assert {torch.ops.aten.silu.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default} <= set(
+        targets
+    )
     assert torch.equal(plain.decoder().generate(ids, 12, mask), programs.decoder().generate(ids, 12, mask))
 
 

@@ -6,9 +6,14 @@ D head dim.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pq_ao.ops.attention import prefix_attention
 from pq_ao.ops.quantize import quantize
+
+# Slots that PyTorch's attention for CPUs sums at a time. Whole blocks of them, the rest masked, give the bits that more
+# slots would: a program that attends over the whole cache, as AOTInductor's do, agrees to the last bit.
+_CPU_BLOCK = 512
 
 _STORED = {4: (torch.uint8,), 8: (torch.int8,), 16: (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -58,18 +63,19 @@ def cache_attention(
     _check(query, keys, values, prefix_key, visible, scaling)
     batch, queries, heads, head_dim = query.shape
     first = int(start)
-    length = first + queries
-    slots = torch.arange(length, device=query.device)
+    length, prefix_len = first + queries, prefix_key.shape[1]
+    blocks = -(-(prefix_len + length) // _CPU_BLOCK) * _CPU_BLOCK - prefix_len
+    empty = min(blocks, keys.shape[2]) - length
+    slots = torch.arange(length + empty, device=query.device)
     mask = slots <= first + torch.arange(queries, device=query.device)[:, None]
     mask = mask[None, None]
     if visible is not None:
-        mask = mask & visible[:, None, None, :length]
+        mask = mask & F.pad(visible[:, :length], (0, empty))[:, None, None]
     if key_scale is not None and key_scale.ndim == 3:
-        key_scale, value_scale = key_scale[..., :length], value_scale[..., :length]
+        key_scale, value_scale = (F.pad(scale[..., :length], (0, empty)) for scale in (key_scale, value_scale))
     out_BLHD = prefix_attention(
         query.transpose(1, 2),
-        keys[:, :, :length],
-        values[:, :, :length],
+        *(F.pad(stored[:, :, :length], (0, 0, 0, empty)) for stored in (keys, values)),
         key_scale,
         value_scale,
         prefix_key if key_shift is None else prefix_key.float() - key_shift,

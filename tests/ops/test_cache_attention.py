@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pq_ao.ops import quantize
+from pq_ao.ops import prefix_attention, quantize
 from pq_ao.ops.cache_attention import cache_attention
 from tests.ops.cache_attention_case import CacheCase, sqnr
 
@@ -49,6 +49,21 @@ def test_slots_past_the_text_may_hold_anything(stored):
     before = cache_attention(*case.args())
     case.keys[:, :, 12:], case.values[:, :, 12:] = 77, 77
     assert torch.equal(cache_attention(*case.args()), before)
+
+
+@pytest.mark.parametrize("queries, start, slots", [(1, 3, 700), (1, 600, 1500), (40, 700, 1100), (9, 505, 517)])
+@pytest.mark.parametrize(("stored", "scales"), [("packed", "static"), ("int8", "per-token")])
+def test_slots_past_the_text_change_no_bit(stored, scales, queries, start, slots):
+    """As programs have it that attend over all slots, masked, whatever is held."""
+    case = CacheCase(stored, scales=scales, heads=6, queries=queries, start=start, slots=slots)
+    out = cache_attention(*case.args())
+    mask = torch.arange(slots) <= start + torch.arange(queries)[:, None]
+    prefix = case.prefix_key - case.key_shift, case.prefix_value - case.value_shift
+    scales = case.key_scale, case.value_scale
+    query = case.query.transpose(1, 2)
+    whole = prefix_attention(query, case.keys, case.values, *scales, *prefix, mask[None, None], case.scaling)
+    whole = whole + case.value_shift.squeeze(1).repeat_interleave(3, dim=0)
+    assert torch.equal(out, whole.flatten(-2))
 
 
 @pytest.mark.parametrize("bits, encoding", [(4, torch.int8), (8, torch.int8), (4, torch.float8_e4m3fn)])
