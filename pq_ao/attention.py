@@ -9,7 +9,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from pq_ao.cache_layer import PrefixStaticLayer
 from pq_ao.ops import dequantize, prefix_attention
-from pq_ao.ops.attention import attend_causally
+from pq_ao.ops.attention import attend_causally, attend_plainly
 
 ATTENTION_NAME = "prefixquant"
 
@@ -123,7 +123,8 @@ def attend(
     if without_shift:
         value_shift = module.kv.value_shift
         prefix_k, prefix_v = prefix_k - module.kv.key_shift, prefix_v - value_shift
-    out_BLHD = prefix_attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
+    attention = attend_plainly if query.requires_grad else prefix_attention
+    out_BLHD = attention(query, key, value, key_scale, value_scale, prefix_k, prefix_v, mask, module.scaling)
     if value_shift is None:
         return out_BLHD
     return out_BLHD + value_shift.squeeze(1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)

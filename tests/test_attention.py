@@ -59,6 +59,19 @@ def test_float_model_padded_chunked_and_stepwise_runs_equal_single_ones(make_tin
     assert (out - expected).abs().max() <= limit
 
 
+def test_gradients_pass_through_attention_with_and_without_padding(make_tiny, tiny_tokenizer, english, ids):
+    model = _calibrated(make_tiny("qwen2"), tiny_tokenizer, english)
+    alone = model.get_input_embeddings()(ids).detach().requires_grad_()
+    padded = torch.cat((torch.ones(2, 6, alone.shape[2]), alone.detach()), dim=1).requires_grad_()
+    mask = torch.arange(26).expand(2, 26) >= 6
+    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    model(inputs_embeds=alone, use_cache=False).logits.square().sum().backward()
+    out = model(inputs_embeds=padded, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    out.logits[:, 6:].square().sum().backward()
+    assert alone.grad.abs().max() > 0 and not padded.grad[:, :6].any()
+    assert (padded.grad[:, 6:] - alone.grad).abs().max() <= 1e-4 * alone.grad.abs().max()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_every_way_to_attend_makes_up_for_the_shifts(mode, ids):
