@@ -38,11 +38,11 @@ def _with_plot(results: Iterable[Results]) -> str:
 
 
 SECTIONS = (
-    _Section("round_trips", round_trips),
     _Section("accuracy", accuracy),
     _Section("calibration", calibration),
     _Section("generation", _with_plot),
     _Section("kernels", kernels),
+    _Section("round_trips", round_trips),
 )
 
 

@@ -147,7 +147,7 @@ def floating_row(ppl: float) -> dict:
 
 def readme_in(folder: Path) -> Path:
     path = folder / "README.md"
-    sections = ("generation", "calibration", "kernels")
+    sections = [section.benchmark for section in tables.SECTIONS[1:]]
     others = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in sections)
     text = f"before\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nafter\n{others}"
     path.write_text(text, encoding="utf-8")
@@ -160,14 +160,14 @@ class TestTables:
         arguments = ["--readme", str(readme), "--results", str(results)]
         assert tables.main([*arguments, "--check"]) == 1 and "out of date" in capsys.readouterr().err
         assert tables.main(arguments) == 0
-        assert readme.read_text().count("No results yet") == 4 and "old" not in readme.read_text()
+        assert readme.read_text().count("No results yet") == len(tables.SECTIONS) and "old" not in readme.read_text()
         assert tables.main([*arguments, "--check"]) == 0
         write(results_of("2026-01-01T00:00:00Z", [floating_row(10.0)]), results)
         assert tables.main([*arguments, "--check"]) == 1
         assert tables.main(arguments) == tables.main([*arguments, "--check"]) == 0
         text = readme.read_text()
-        assert text.startswith("before\n<!-- accuracy:begin -->\n**m**") and "accuracy:end -->\nafter\n<!-- gen" in text
-        assert "| 10.00 | 1.000 |" in text and text.count("No results yet") == 3
+        assert text.startswith("before\n<!-- accuracy:begin -->\n**m**") and "accuracy:end -->\nafter\n<!-- cal" in text
+        assert "| 10.00 | 1.000 |" in text and text.count("No results yet") == len(tables.SECTIONS) - 1
 
     @pytest.mark.parametrize("text", ["no markers", "<!-- accuracy:end -->\n<!-- accuracy:begin -->\n"])
     def test_readme_without_markers(self, tmp_path, text):
