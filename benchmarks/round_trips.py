@@ -115,14 +115,10 @@ class RoundTrips:
                 "cache_as_eager": outcome.same_cache(eager),
                 "prefill_db": outcome.prefill_sqnr(eager),
             }
-        row["holds"] = "error" not in row and integers and self._holds(row)
+        row["holds"] = "error" not in row and integers and _holds(row)
         self.failures += not row["holds"]
         self._keep(row | {"seconds": round(time.monotonic() - begun, 1)})
         return outcome
-
-    def _holds(self, row: Row) -> bool:
-        places = ("original", "eager")
-        return all(row[f"cache_as_{place}"] and row[f"steps_as_{place}"] == row["steps"] for place in places)
 
     @torch.no_grad()
     def _decode(self) -> None:
@@ -152,6 +148,11 @@ class RoundTrips:
     def _keep(self, row: Row) -> None:
         self.file.append({"model": self.name, **row})
         print(f"[{time.monotonic() - self.began:6.1f}] {_line(row)}", flush=True)
+
+
+def _holds(row: Row) -> bool:
+    places = ("original", "eager")
+    return all(row[f"cache_as_{place}"] and row[f"steps_as_{place}"] == row["steps"] for place in places)
 
 
 def _line(row: Row) -> str:

@@ -6,7 +6,7 @@ from benchmarks.provenance import provenance
 from benchmarks.results_file import Results, Row, newest_rows
 from benchmarks.ways import SAVES, WAYS
 
-ROUND_TRIP_KEYS = ("what", "way", "save", "by")
+_KEYS = ("model", "what", "way", "save", "by")
 _COLUMNS = ("original", *SAVES)
 
 
@@ -21,7 +21,7 @@ def round_trips(results: Iterable[Results]) -> str:
     for device in dict.fromkeys(run.device for run in results):
         here = [run for run in results if run.device == device]
         for model in dict.fromkeys(row["model"] for run in here for row in run.rows):
-            found = newest_rows(here, ("model", *ROUND_TRIP_KEYS))
+            found = newest_rows(here, _KEYS)
             found = [(row, run) for row, run in found if row["model"] == model]
             parts.append(_table(f"{model} on {device}", [row for row, _ in found]))
             runs |= {id(run): run for _, run in found}

@@ -182,8 +182,8 @@ def begin_rotation(
 ) -> BlockRotator:
     """Rotates what stands around the decoder blocks, in place, and returns what rotates the blocks.
 
-    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1. The model
-    computes nonsense until every block was replaced.
+    Embedding and head are untied: one becomes E R1, the other E diag(gamma) R1. The model computes nonsense until every
+    block was replaced.
 
     Args and errors: see `rotate_`.
     """

@@ -1,7 +1,7 @@
 """Generates text from an exported decoder and the tokenizer's file alone: without transformers and torchao.
 
     python -m recipes.run_exported FOLDER --tokenizer tokenizer.json --prompt "The capital of France is"
-    python -m recipes.run_exported FOLDER --compile  # programs on a GPU: a minute first, then many times as fast
+    python -m recipes.run_exported FOLDER --compile  # compiles decode first: worth it on a GPU
 
 FOLDER is what `pq_ao.export_decoder(model, ...).save(folder)` wrote, programs or packages. The tokenizer's file is
 FOLDER/tokenizer.json unless another is named; the package `tokenizers` reads it.
