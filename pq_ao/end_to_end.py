@@ -3,11 +3,12 @@
 A block that learns its own output cannot know which of its errors the following blocks amplify. Here the loss is the
 Kullback-Leibler divergence of the next token's distribution from that of the floating-point decoder with the same
 prefix. Scales, clip factors and biases are trained, a few numbers a channel, so that memory holds little more than the
-decoder itself; weights only where `FinetuneConfig.end_to_end_weight_rate` says so.
+decoder itself; weights and the prefix's keys and values only where `FinetuneConfig` has a rate for them.
 """
 
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from pq_ao.finetune import FinetuneConfig, FinetuneWarning, Pairs
 from pq_ao.modules import on_path, path_switches
 from pq_ao.quantizers import Path
 from pq_ao.streams import Sequences, Stream
-from pq_ao.trained_block import BlockFrame, BlockTensors, linears_of
+from pq_ao.trained_block import BlockFrame, BlockTensors, linears_of, prefix_of
 from pq_ao.training import TrainingHistory, train
+
+_PREFIX = ("prefix_k", "prefix_v")
 
 
 class EndToEndFinetuner:
@@ -40,6 +43,7 @@ class EndToEndFinetuner:
     ):
         self.config, self.seed, self.progress = config, seed, progress
         self.layers = model.get_submodule(family.layers)
+        self.attention = family.attention
         self.final_norm, self.head = model.get_submodule(family.final_norm), model.get_submodule(family.head)
         self.dtype, self.on_gpu = model.dtype, model.device.type == "cuda"
         block = copy.deepcopy(self.layers[0])
@@ -49,12 +53,13 @@ class EndToEndFinetuner:
         if config.compile or (config.compile is None and self.on_gpu):
             self.block_outputs = torch.compile(self.frame.outputs, dynamic=False)
 
-    def train(self, pairs: Pairs, validation: Pairs) -> TrainingHistory:
-        """Gives all blocks better scales, clip factors and biases, and codes if their rate is above 0.
+    def train(self, pairs: Sequence[Pairs], validation: Sequence[Pairs]) -> TrainingHistory:
+        """Gives all blocks better scales, clip factors and biases, and codes and prefix if their rates are above 0.
 
         Args:
-            pairs: to train on: in front of the first block, and behind the last one in floating point.
-            validation: others, which choose the state that is kept.
+            pairs: to train on: in front of the first block, and behind the last one in floating point; the same windows
+                once or more, each time cut into sequences of another length, whole first.
+            validation: others, which choose the state that is kept, cut likewise.
 
         Returns:
             how it went; its errors are divergences in nats a token.
@@ -62,15 +67,15 @@ class EndToEndFinetuner:
         Warns:
             FinetuneWarning: a divergence was not finite; the blocks keep their best state until then.
         """
-        blocks, config = self._tensors(pairs.inputs), self.config
+        blocks, config = self._tensors(pairs[0].inputs), self.config
         history, best = train(
             {f"{i}.{name}": tensor for i, block in enumerate(blocks) for name, tensor in block.trained.items()},
             lambda chosen: self._error(blocks, pairs, chosen),
             lambda chosen: self._error(blocks, validation, chosen),
-            (len(pairs.inputs.hidden), len(validation.inputs.hidden)),
+            tuple(len(cuts) * len(cuts[0].inputs.hidden) for cuts in (pairs, validation)),
             epochs=config.end_to_end_epochs,
             batch_size=config.batch_size,
-            rates=(config.end_to_end_rate, config.end_to_end_weight_rate),
+            rate=self._rate,
             seed=self.seed,
             title="fine-tuning all blocks together",
             progress=self.progress,
@@ -78,7 +83,7 @@ class EndToEndFinetuner:
         if history.stopped is not None:
             warnings.warn(
                 f"all blocks together: {history.stopped}; kept the state of epoch {history.kept}. Lower "
-                "end_to_end_rate or end_to_end_weight_rate of FinetuneConfig.",
+                "end_to_end_rate, end_to_end_weight_rate or end_to_end_prefix_rate of FinetuneConfig.",
                 FinetuneWarning,
                 stacklevel=2,
             )
@@ -87,26 +92,52 @@ class EndToEndFinetuner:
             self.frame.store(block._replace(trained=kept), layer)
         return history
 
+    def _rate(self, leaf: str) -> float:
+        if leaf.endswith(".weight"):
+            return self.config.end_to_end_weight_rate
+        return self.config.end_to_end_prefix_rate if leaf.endswith(_PREFIX) else self.config.end_to_end_rate
+
     @torch.no_grad()
     def _tensors(self, stream: Stream) -> list[BlockTensors]:
-        """What is trained of each block; the unit of a bias is the spread of what its linear puts out."""
+        """What is trained of each block.
+
+        The unit of a bias is the spread of what its linear puts out, that of the prefix the spread of other tokens'
+        keys or values in the same head.
+        """
         hidden, angles = stream.sequences(slice(self.config.batch_size))
         hidden = hidden.to(self.dtype)
         blocks = []
         for layer in self.layers:
             units: dict[str, Tensor] = {}
+            prefix_units: dict[str, Tensor] = {}
             hooks = [
                 linear.register_forward_hook(_unit_into(units, name)) for name, linear in linears_of(layer).items()
             ]
+            attention = layer.get_submodule(self.attention)
+            if self.config.end_to_end_prefix_rate > 0 and attention.prefix_k.shape[1] > 0:
+                into = _units_of_heads_into(prefix_units, prefix_of(layer))
+                hooks.append(attention.kv.register_forward_pre_hook(into))
             with on_path(path_switches(layer), Path.REFERENCE):
                 hidden = stream.run(layer, Sequences(hidden, angles))
             for hook in hooks:
                 hook.remove()
-            blocks.append(self.frame.tensors_of_codes(layer, units, self.config.end_to_end_weight_rate > 0))
+            blocks.append(
+                self.frame.tensors_of_codes(layer, units, prefix_units, self.config.end_to_end_weight_rate > 0)
+            )
         return blocks
 
-    def _error(self, blocks: list[BlockTensors], pairs: Pairs, chosen: Tensor) -> Tensor:
-        """Mean divergence over the tokens of the chosen sequences."""
+    def _error(self, blocks: list[BlockTensors], cuts: Sequence[Pairs], chosen: Tensor) -> Tensor:
+        """Mean divergence over the tokens of the chosen windows, numbered through all cuts."""
+        windows, total = len(cuts[0].inputs.hidden), 0.0
+        for number, pairs in enumerate(cuts):
+            mine = chosen[chosen // windows == number] % windows
+            if len(mine):
+                pieces = len(pairs.inputs.hidden) // windows
+                sequences = (mine[:, None] * pieces + torch.arange(pieces)).flatten()
+                total = total + self._error_of(blocks, pairs, sequences) * (len(mine) / len(chosen))
+        return total
+
+    def _error_of(self, blocks: list[BlockTensors], pairs: Pairs, chosen: Tensor) -> Tensor:
         (hidden, angles), exact = pairs.batch(chosen)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             for block in blocks:
@@ -133,5 +164,14 @@ class EndToEndFinetuner:
 def _unit_into(units: dict[str, Tensor], name: str):
     def hook(linear: nn.Module, inputs: tuple, output: Tensor) -> None:
         units[name] = output.float().flatten(0, -2).std(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+
+    return hook
+
+
+def _units_of_heads_into(units: dict[str, Tensor], names: list[str]):
+    def hook(kv: nn.Module, inputs: tuple[Tensor, Tensor, torch.dtype]) -> None:
+        for name, x_BGLD in zip(names, inputs, strict=False):
+            spread = x_BGLD.float().std(dim=(0, 2)).square().mean(dim=-1).sqrt()
+            units[name] = spread[:, None, None]
 
     return hook

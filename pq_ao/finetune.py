@@ -6,7 +6,7 @@ tokens with outputs ten times as large would be most of a plain mean squared err
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ class FinetuneConfig:
         end_to_end_rate: learning rate there, of scales, clip factors and biases.
         end_to_end_weight_rate: learning rate there of weights, in quantization steps; 0 leaves all codes as they are
             and takes little memory, else the device holds five float32 copies of the weights.
+        end_to_end_prefix_rate: learning rate there of the prefix's keys and values, in parts of the spread of other
+            tokens'; 0 leaves them as the prefix's tokens gave them.
+        end_to_end_pieces: train there on windows cut into so many equal pieces as well, for short contexts: a window of
+            8,192 tokens has few that see few others. An epoch then sees all windows twice. 1 for whole windows alone.
         compile: compile the training step; None for yes on a GPU, no on a CPU.
 
     Raises:
@@ -54,14 +58,16 @@ class FinetuneConfig:
     end_to_end_epochs: int = 0
     end_to_end_rate: float = 1e-3
     end_to_end_weight_rate: float = 0.0
+    end_to_end_prefix_rate: float = 0.0
+    end_to_end_pieces: int = 1
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validation_sequences", "end_to_end_epochs"):
+        for name in ("epochs", "batch_size", "validation_sequences", "end_to_end_epochs", "end_to_end_pieces"):
             value, least = getattr(self, name), 0 if name == "end_to_end_epochs" else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a whole number of at least {least} is required.")
-        for name in ("learning_rate", "weight_learning_rate", "end_to_end_rate", "end_to_end_weight_rate"):
+        for name in [field.name for field in fields(self) if field.name.endswith("rate")]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a finite number of at least 0 is required.")
@@ -128,7 +134,7 @@ class Finetuner:
             (len(pairs.inputs.hidden), len(validation.inputs.hidden)),
             epochs=config.epochs,
             batch_size=config.batch_size,
-            rates=(config.learning_rate, config.weight_learning_rate),
+            rate=lambda name: config.weight_learning_rate if name.endswith(".weight") else config.learning_rate,
             seed=(self.seed * 1_000_003 + index) % 2**63,  # torch takes no larger one
             title=f"fine-tuning block {index}",
             progress=self.progress,

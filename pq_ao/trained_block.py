@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from pq_ao.fake_quantize import fake_quantize
 from pq_ao.linears import CalibratedLinear
+from pq_ao.modules import PrefixAttention
 from pq_ao.ops.quantize import quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.rounding import RoundedWeight
@@ -29,9 +30,11 @@ class BlockTensors(NamedTuple):
     Attributes:
         fixed: parameters and buffers of the block, codes left out; scales and clip factors as training found them.
         start: of each linear "<name>.scale" [N], "<name>.bias" [N] and the unit of its bias, "<name>.bias_unit" [N];
-            where codes are not trained, "<name>.codes" int8 [N, K].
+            where codes are not trained, "<name>.codes" int8 [N, K]; where the prefix is, the unit of its keys or
+            values, "<name>_unit" [G, 1, 1].
         trained: leaves; of each linear "<name>.weight" [N, K] where codes are trained, "<name>.scale" [N] and
-            "<name>.bias" [N], and each scale or clip factor of a quantizer.
+            "<name>.bias" [N], each scale or clip factor of a quantizer, and the prefix's keys and values [G, P, D]
+            where they are trained.
     """
 
     fixed: Tensors
@@ -42,6 +45,12 @@ class BlockTensors(NamedTuple):
 def linears_of(block: nn.Module) -> dict[str, CalibratedLinear]:
     """The linears of a block by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, CalibratedLinear)}
+
+
+def prefix_of(block: nn.Module) -> list[str]:
+    """Names of the prefix's keys and values in a block."""
+    names = [name for name, module in block.named_modules() if isinstance(module, PrefixAttention)]
+    return [f"{name}.{part}" for name in names for part in ("prefix_k", "prefix_v")]
 
 
 def _quantizers_of(block: nn.Module) -> dict[str, ActivationQuantizer | KVQuantizer]:
@@ -68,6 +77,7 @@ class BlockFrame:
             for factor, _ in quantizer.named_buffers()
             if factor.endswith(("scale", "clip"))
         ]
+        self.prefix = prefix_of(self.block)
         for linear in linears_of(self.block).values():  # a place for a bias, whether or not the model has one
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         for quantizer in quantizers.values():
@@ -83,20 +93,26 @@ class BlockFrame:
         weights = {f"{name}.weight": weight.weight / weight.scale[:, None] for name, weight in rounded.items()}
         return found._replace(trained=_leaves(weights | found.trained))
 
-    def tensors_of_codes(self, block: nn.Module, bias_units: Tensors, train_codes: bool = False) -> BlockTensors:
+    def tensors_of_codes(
+        self, block: nn.Module, bias_units: Tensors, prefix_units: Tensors, train_codes: bool = False
+    ) -> BlockTensors:
         """The tensors of a calibrated block in any dtype.
 
         Args:
             bias_units: float32 [N] of each linear, by name.
+            prefix_units: float32 [G, 1, 1] of the prefix's keys and values, by name; empty where they are not trained.
             train_codes: training may change the codes. They are where it begins, each weight as near to its value in
                 floating point as its code allows: those that were rounded far may change first.
         """
         found, linears = self._tensors(block, bias_units), linears_of(block)
+        start, trained = found.start, found.trained
+        for name, unit in prefix_units.items():
+            start[f"{name}_unit"], trained[name] = unit, torch.zeros_like(found.fixed[name])
         if train_codes:
-            weights = {f"{name}.weight": _leaning(linear) for name, linear in linears.items()}
-            return found._replace(trained=_leaves(weights | found.trained))
-        codes = {f"{name}.codes": linear.packed.codes() for name, linear in linears.items()}
-        return found._replace(start=found.start | codes, trained=_leaves(found.trained))
+            trained |= {f"{name}.weight": _leaning(linear) for name, linear in linears.items()}
+        else:
+            start |= {f"{name}.codes": linear.packed.codes() for name, linear in linears.items()}
+        return found._replace(trained=_leaves(trained))
 
     def _tensors(self, block: nn.Module, bias_units: Tensors) -> BlockTensors:
         fixed = {name: tensor.detach() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
@@ -118,6 +134,7 @@ class BlockFrame:
         """[n, T, d] of hidden states [n, T, d], quantized, causally; differentiable in `tensors.trained`."""
         fixed, trained = tensors.fixed, tensors.trained
         values = fixed | {name: fixed[name] * trained[name].exp() for name in self.factors}
+        values |= {name: self._prefix(tensors, name) for name in self.prefix}
         for name, site in self.sites.items():
             scale, bias = self._scale(tensors, name), self._bias(tensors, name)
             if f"{name}.codes" in tensors.start:
@@ -132,10 +149,14 @@ class BlockFrame:
 
     @torch.no_grad()
     def store(self, tensors: BlockTensors, block: nn.Module) -> None:
-        """Gives `block` the codes, scales, clip factors and biases that were trained."""
+        """Gives `block` the codes, scales, clip factors, biases and prefix that were trained."""
         for name in self.factors:
             module, _, factor = name.rpartition(".")
             block.get_submodule(module).get_buffer(factor).copy_(tensors.fixed[name] * tensors.trained[name].exp())
+        for name in self.prefix:
+            module, _, part = name.rpartition(".")
+            attention = block.get_submodule(module)
+            setattr(attention, part, self._prefix(tensors, name).to(attention.fixed_dtype))
         for name, linear in linears_of(block).items():
             scale, bits = self._scale(tensors, name), self._bits(name)
             codes = tensors.start.get(f"{name}.codes")
@@ -146,6 +167,11 @@ class BlockFrame:
 
     def _bits(self, name: str) -> int:
         return self.block.get_submodule(name).config.weight_bits
+
+    @staticmethod
+    def _prefix(tensors: BlockTensors, name: str) -> Tensor:
+        given = tensors.fixed[name]
+        return given + tensors.start[f"{name}_unit"] * tensors.trained[name] if name in tensors.trained else given
 
     @staticmethod
     def _weight(tensors: BlockTensors, name: str) -> Tensor:

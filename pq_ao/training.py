@@ -48,7 +48,7 @@ def train(
     *,
     epochs: int,
     batch_size: int,
-    rates: tuple[float, float],
+    rate: Callable[[str], float],
     seed: int,
     title: str,
     progress: bool,
@@ -56,12 +56,12 @@ def train(
     """Trains `leaves` in place.
 
     Args:
-        leaves: by name; those called "<...>.weight" have a learning rate of their own.
+        leaves: by name.
         error, validation_error: of a batch; the mean over all sequences decides which state is kept.
         sequences: how many there are to train and to validate on.
         epochs: passes over the sequences, in random order; a rest smaller than a batch waits for another one.
         batch_size: sequences a step.
-        rates: learning rates of the others and of the weights.
+        rate: learning rate of the leaf of a name.
         seed: draws the orders.
         title: of the progress bar.
         progress: show it.
@@ -71,7 +71,7 @@ def train(
     """
     count, held_out = sequences
     whole = max(batch_size, count - count % batch_size)
-    optimizer, schedule = _cosine_adamw(leaves, rates, epochs * math.ceil(min(count, whole) / batch_size))
+    optimizer, schedule = _cosine_adamw(leaves, rate, epochs * math.ceil(min(count, whole) / batch_size))
     generator = torch.Generator().manual_seed(seed)
 
     def run_epoch() -> float:
@@ -107,12 +107,14 @@ def train(
     return history, best
 
 
-def _cosine_adamw(leaves: dict[str, Tensor], rates: tuple[float, float], steps: int):
-    weights = [tensor for name, tensor in leaves.items() if name.endswith(".weight")]
-    others = [tensor for name, tensor in leaves.items() if not name.endswith(".weight")]
-    groups = [{"params": group, "lr": rate} for group, rate in zip((others, weights), rates, strict=True) if group]
-    on_gpu = others[0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu)
+def _cosine_adamw(leaves: dict[str, Tensor], rate: Callable[[str], float], steps: int):
+    groups: dict[float, list[Tensor]] = {}
+    for name, tensor in leaves.items():
+        groups.setdefault(rate(name), []).append(tensor)
+    on_gpu = next(iter(leaves.values())).device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": lr} for lr, group in groups.items()], weight_decay=0.0, fused=on_gpu
+    )
 
     def part(step: int) -> float:
         return _LOWEST_RATE + (1 - _LOWEST_RATE) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2

@@ -18,6 +18,7 @@ TOGETHER = BLOCKWISE | {"end_to_end_epochs": 4, "end_to_end_rate": 1e-3}
 UNTRAINED = {"learning_rate": 0.0, "weight_learning_rate": 0.0}
 GAINING = TOGETHER | UNTRAINED | {"end_to_end_rate": 5e-3}
 WEIGHTS_TOO = GAINING | {"end_to_end_weight_rate": 0.003}
+PREFIX_TOO = GAINING | {"end_to_end_prefix_rate": 0.005}
 IDS = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -50,10 +51,11 @@ def test_integers_come_nearer_to_the_logits_of_floating_point(make_tiny, tiny_to
     assert record.end_to_end_seconds > 0
 
 
-@pytest.mark.parametrize("finetune", [GAINING, WEIGHTS_TOO], ids=["scales", "weights-too"])
+@pytest.mark.parametrize("finetune", [GAINING, WEIGHTS_TOO, PREFIX_TOO], ids=["scales", "weights-too", "prefix-too"])
 def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny_tokenizer, english, finetune):
     """What training saw on its validation windows is what integers give on them."""
-    model = _sharp(make_tiny)
+    floating, model = _sharp(make_tiny), _sharp(make_tiny)
+    _calibrate(floating, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
     windows = []
     draw = calibration.calibration_windows
 
@@ -66,7 +68,7 @@ def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny
         history = _calibrate(model, tiny_tokenizer, english, finetune=finetune, search="none").end_to_end
     held_out = windows[0][SMALL["num_sequences"] :]
     with torch.no_grad():
-        exact = log_softmax(model(held_out).logits.float(), dim=-1)
+        exact = log_softmax(floating(held_out).logits.float(), dim=-1)
         quantize_(model, prefixquant_config())
         ours = log_softmax(model(held_out).logits.float(), dim=-1)
     found = float(kl_div(ours, exact, reduction="sum", log_target=True) / held_out.numel())
@@ -94,6 +96,48 @@ def test_weights_with_a_rate_of_their_own_change_codes_too(make_tiny, tiny_token
     assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_weight_rate == 0.003
     for before, after in zip(_tensors(apart), _tensors(together), strict=True):
         assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith(".codes"))
+
+
+def _prefixes(model):
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return [tensor for attention in attentions for tensor in (attention.prefix_k, attention.prefix_v)]
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_prefix_learns_where_it_has_a_rate_of_its_own(make_tiny, tiny_tokenizer, english, mode):
+    given, learned = _sharp(make_tiny), _sharp(make_tiny)
+    _calibrate(given, tiny_tokenizer, english, mode, BLOCKWISE | UNTRAINED, search="none")
+    record = _calibrate(learned, tiny_tokenizer, english, mode, PREFIX_TOO, search="none")
+    assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_prefix_rate == 0.005
+    for before, after in zip(_prefixes(given), _prefixes(learned), strict=True):
+        assert before.shape == after.shape and before.dtype == after.dtype and not torch.equal(before, after)
+
+
+def test_a_rate_for_a_prefix_that_is_not_there_trains_the_rest_alone(make_tiny, tiny_tokenizer, english):
+    records, config = [], prefixquant_config(prefix=False)
+    for finetune in (GAINING, PREFIX_TOO):
+        options = SMALL | {"prefix_ids": None, "data": english, "search": "none"}
+        finetune = FinetuneConfig(**finetune)
+        records.append(pq_ao.calibrate(_sharp(make_tiny), tiny_tokenizer, config, finetune=finetune, **options))
+    assert records[0].end_to_end == records[1].end_to_end and records[0].end_to_end["kept"] > 0
+
+
+@pytest.mark.parametrize("storage", ["device", "disk"])
+def test_windows_in_pieces_are_learned_too(make_tiny, tiny_tokenizer, english, storage):
+    """The error is the mean over whole windows and pieces, and falls below that of who learned whole ones alone."""
+    options = {"search": "none", "storage": storage}
+    whole = _calibrate(_sharp(make_tiny), tiny_tokenizer, english, finetune=GAINING, **options).end_to_end
+    cut = GAINING | {"end_to_end_pieces": 4}
+    record = _calibrate(_sharp(make_tiny), tiny_tokenizer, english, finetune=cut, **options)
+    pieces = record.end_to_end
+    assert record.finetune.end_to_end_pieces == 4 and pieces["kept"] > 0
+    assert pieces["before"] != whole["before"]
+    assert min(pieces["validation"]) / pieces["before"] < min(whole["validation"]) / whole["before"]
+
+
+def test_pieces_have_to_divide_the_windows(make_tiny, tiny_tokenizer, english):
+    with pytest.raises(ValueError, match="end_to_end_pieces=5 does not divide sequence_length=96"):
+        _calibrate(make_tiny("llama"), tiny_tokenizer, english, finetune=GAINING | {"end_to_end_pieces": 5})
 
 
 def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english):

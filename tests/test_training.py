@@ -19,7 +19,14 @@ def _train(error, validation=None, count=8, **changes):
         seen.append(chosen.tolist())
         return error(leaves)
 
-    options = {"epochs": 3, "batch_size": 2, "rates": (0.1, 0.01), "seed": 0, "title": "", "progress": False}
+    options = {
+        "epochs": 3,
+        "batch_size": 2,
+        "rate": {"x": 0.1, "a.weight": 0.01}.get,
+        "seed": 0,
+        "title": "",
+        "progress": False,
+    }
     held_out = validation or (lambda leaves: error(leaves).detach())
     history, best = train(leaves, counted, lambda chosen: held_out(leaves), (count, 3), **(options | changes))
     return history, best, leaves, seen
@@ -45,7 +52,7 @@ def test_a_rest_waits_unless_it_is_all_there_is(count, sizes):
     assert all(index < count for batch in seen for index in batch)
 
 
-def test_weights_have_a_rate_of_their_own_and_rates_fall_to_a_tenth():
+def test_a_leaf_has_the_rate_of_its_name_and_rates_fall_to_a_tenth():
     """Adam's step is the rate where the gradient keeps its size."""
 
     def slope(leaves):
@@ -62,7 +69,7 @@ def test_best_validation_state_is_kept():
     errors = iter([5.0, 4.0, 6.0, 4.5])  # before, then by epoch
     history, best, leaves, _ = _train(_distance, lambda leaves: next(errors) * torch.ones(()), batch_size=3, count=3)
     assert history.before == 5 and history.validation == [4, 6, 4.5] and history.kept == 1
-    after_one = _train(_distance, batch_size=3, count=3, epochs=1, rates=(0.1, 0.01))[2]
+    after_one = _train(_distance, batch_size=3, count=3, epochs=1)[2]
     # the first step of any schedule is the whole rate
     assert all(torch.equal(best[name], after_one[name]) for name in best)
     assert all(not torch.equal(best[name], leaves[name]) for name in best)
@@ -73,7 +80,7 @@ def test_validation_is_the_mean_over_sequences_not_batches():
     values = torch.tensor([1.0, 2.0, 6.0])
     history, _ = train(
         leaves, lambda chosen: leaves["x"].sum(), lambda chosen: values[chosen].mean(), (2, 3), epochs=1, batch_size=2,
-        rates=(0.0, 0.0), seed=0, title="", progress=False,
+        rate=lambda name: 0.0, seed=0, title="", progress=False,
     )  # fmt: skip
     assert history.before == pytest.approx(3.0)
 
