@@ -69,6 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--calibration", nargs="+", default=["wikitext2"], help="names (training part) or files, one text in the end")
     add("--num-sequences", type=positive, default=16, help="calibration sequences")
     add("--calibration-length", type=positive, default=2048, help="tokens of a calibration sequence")
+    add("--prefix-ids", nargs="+", type=int, metavar="ID", help="the prefix, where rows have one, not the rule's")
     group = parser.add_argument_group("fine-tuning", "Rows with it use these sequences for the whole calibration.")
     add, default = group.add_argument, FinetuneConfig()
     add("--finetune-sequences", type=positive, default=64, help="calibration sequences")

@@ -205,6 +205,7 @@ class AccuracyRun:
             rounding=calibration.rounding,
             search=calibration.search,
             finetune=self._finetune(calibration),
+            prefix_ids=self.options.prefix_ids if calibration.prefix else None,
             seed=job.seed,
             resume=journal,
             progress=self.progress,

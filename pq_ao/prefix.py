@@ -7,9 +7,9 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import combinations, groupby, islice
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ OUTLIER_THRESHOLD = 64.0  # the paper's eta1
 # a lone candidate seen in fewer than this share of the sequences is an accident
 _MIN_LONE_FREQUENCY = 0.1
 
-# frequent tokens tried beside BOS where the rule's prefix does not hold
+# frequent tokens tried beside BOS
 _ORDINARY_CANDIDATES = 3
+
+# prefixes of one length whose text is compared, and on how much of it
+_COMPARED, _COMPARED_WINDOWS, _COMPARED_LENGTH = 3, 8, 1024
 
 _CHECK_SEQUENCES, _CHECK_LENGTH = 2, 256
 
@@ -209,7 +212,7 @@ def find_prefix(
     prefix_ids: Sequence[int] | None = None,
     progress: bool = False,
 ) -> PrefixReport:
-    """Chooses the prefix by the rule, checks it on four kinds of input, and mends it where it does not hold.
+    """Chooses the prefix among the rule's tokens and ordinary ones, and checks it on four kinds of input.
 
     Tokens of the rule that the others make superfluous are left out. A prefix that is only BOS makes a leading BOS of
     the text an outlier again; an ordinary token beside it cures that.
@@ -250,12 +253,16 @@ def find_prefix(
     return PrefixReport(chosen, rule, statistics, before, after)
 
 
-def shorter_prefixes(rule: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The prefixes with some of the rule's tokens and its BOS, shortest first, then the more frequent tokens first."""
+def candidates(rule: Sequence[int], ordinary: Sequence[int]) -> list[tuple[int, ...]]:
+    """What the prefix could be, shortest first: some of the rule's tokens, BOS, and perhaps an ordinary one beside it.
+
+    Of one length, those without an ordinary token come first, and then those with the more frequent tokens.
+    """
     *tokens, bos_id = rule
-    for count in range(len(tokens)):
-        for kept in combinations(tokens, count):
-            yield (*kept, bos_id)
+    some = [kept for count in range(len(tokens) + 1) for kept in combinations(tokens, count)]
+    found = [(*kept, bos_id) for kept in some]
+    found += [(*kept, *pair) for kept in some for token in ordinary for pair in ((token, bos_id), (bos_id, token))]
+    return sorted(dict.fromkeys(found), key=len)
 
 
 def _choose(
@@ -265,22 +272,31 @@ def _choose(
     rule: tuple[int, ...],
     ordinary: list[int],
 ) -> tuple[int, ...]:
-    """What of the rule's prefix is enough, or the rule's with an ordinary token beside BOS; the rule's if none holds.
+    """The shortest prefix that holds and, of several, the one behind which the text is likeliest.
 
-    A prefix is context that the text does not have: the shorter it is, the less it changes what the model says. To be
-    enough it must hold on all calibration windows, too, for the rule has seen all of them.
+    A prefix is context that the text does not have: the shorter it is, the less it changes what the model says. It has
+    to hold on all calibration windows, as the rule has seen all of them; where none does, on the other inputs at least;
+    else it is the rule's.
     """
-    for trial in shorter_prefixes(rule):
-        if _holds(model, inputs, trial) and _holds(model, {"calibration": list(windows)}, trial):
-            return trial
-    trials = [rule]
-    for token in ordinary:
-        trials += [(*rule, token), (*rule[:-1], token, rule[-1])]
-    for trial in trials:
-        if _holds(model, inputs, trial):
-            return trial
-        logger.info("prefix %s does not hold", trial)
-    return rule
+    everything = {"calibration": list(windows)} | inputs
+    trials = candidates(rule, ordinary)
+    for _, same_length in groupby(trials, key=len):
+        holding = list(islice((trial for trial in same_length if _holds(model, everything, trial)), _COMPARED))
+        if holding:
+            return min(holding, key=lambda trial: _cross_entropy(model, windows, trial))
+    return next((trial for trial in trials if len(trial) >= len(rule) and _holds(model, inputs, trial)), rule)
+
+
+@torch.inference_mode()
+def _cross_entropy(model: PreTrainedModel, windows: Tensor, prefix_ids: tuple[int, ...]) -> float:
+    """Mean over the tokens at the beginning of some windows, nats."""
+    first, total = len(prefix_ids), 0.0
+    some = windows[:_COMPARED_WINDOWS, :_COMPARED_LENGTH].cpu()
+    for ids in some:
+        full = torch.cat((torch.tensor(prefix_ids, dtype=torch.int64), ids)).to(model.device)
+        logits = model(full[None, :-1], use_cache=False).logits[0, first:]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), full[first + 1 :]))
+    return total / len(some)
 
 
 def _check_ids(prefix_ids: Sequence[int], vocab_size: int) -> None:

@@ -10,10 +10,10 @@ from pq_ao.prefix import (
     OUTLIER_THRESHOLD,
     OutlierStatistics,
     bos_role,
+    candidates,
     find_prefix,
     outlier_statistics,
     prefix_by_rule,
-    shorter_prefixes,
     token_ratios,
 )
 
@@ -55,10 +55,14 @@ def test_rule_drops_a_lone_rare_candidate_and_keeps_a_lone_frequent_one():
     assert prefix_by_rule(_statistics([2.0], [(5, 1), (6, 1)], sequences=100), 1) == (5, 6, 1)
 
 
-def test_shorter_prefixes_keep_bos_last_and_frequent_tokens_first():
-    assert list(shorter_prefixes((5, 9, 1))) == [(1,), (5, 1), (9, 1)]
-    assert list(shorter_prefixes((5, 9, 4, 1)))[1:] == [(5, 1), (9, 1), (4, 1), (5, 9, 1), (5, 4, 1), (9, 4, 1)]
-    assert list(shorter_prefixes((1,))) == []
+def test_candidates_are_shortest_first_then_without_ordinary_tokens_then_by_frequency():
+    assert candidates((5, 9, 1), [7]) == [
+        *((1,), (5, 1), (9, 1), (7, 1), (1, 7)),
+        *((5, 9, 1), (5, 7, 1), (5, 1, 7), (9, 7, 1), (9, 1, 7)),
+        *((5, 9, 7, 1), (5, 9, 1, 7)),
+    ]
+    assert candidates((1,), []) == [(1,)]
+    assert candidates((7, 1), [7]) == [(1,), (7, 1), (1, 7), (7, 7, 1), (7, 1, 7)]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,26 @@ def test_superfluous_tokens_are_left_out(planted, tiny_tokenizer, monkeypatch, e
     windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     report = find_prefix(planted, tiny_tokenizer, windows)
     assert report.prefix_ids == chosen and report.rule_ids == rule
+
+
+def test_of_several_prefixes_the_one_behind_which_text_is_likeliest_is_taken(make_tiny, tiny_tokenizer, monkeypatch):
+    model, windows = make_tiny("llama"), torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # logits that the prefix moves
+    pairs = [(9, 0), (0, 9), (12, 0)]
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_holds", lambda model, inputs, prefix: prefix in pairs)
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ordinary_tokens", lambda tokenizer, windows: [9, 12])
+
+    def loss(prefix) -> float:
+        labels = windows.clone()
+        labels[:, 0] = -100
+        full = torch.cat((torch.tensor(prefix).expand(3, -1), windows), dim=1)
+        with torch.no_grad():
+            return float(model(full, labels=torch.nn.functional.pad(labels, (len(prefix), 0), value=-100)).loss)
+
+    losses = {pair: loss(pair) for pair in pairs}
+    assert len(set(losses.values())) == 3
+    assert find_prefix(model, tiny_tokenizer, windows).prefix_ids == min(losses, key=losses.get)
 
 
 def test_model_without_outliers_gets_bos_alone():
