@@ -88,7 +88,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--end-to-end-rate", type=float, default=default.end_to_end_rate, help="learning rate there")
     add("--end-to-end-weight-rate", type=float, default=default.end_to_end_weight_rate, help="of weights, there")
     add("--end-to-end-prefix-rate", type=float, default=default.end_to_end_prefix_rate, help="of the prefix, there")
-    add("--end-to-end-pieces", type=positive, default=default.end_to_end_pieces, help="that windows are cut into, too")
     return parser.parse_args(arguments)
 
 

@@ -14,7 +14,7 @@ _TEXT = ("model", "corpus", "seqlen", "windows", "task")
 # of fine-tuning, and in no column: a table has the newest of them alone
 _TRAINING = (
     *("learning_rate", "weight_learning_rate", "end_to_end_rate"),
-    *("end_to_end_weight_rate", "end_to_end_prefix_rate", "end_to_end_pieces"),
+    *("end_to_end_weight_rate", "end_to_end_prefix_rate"),
     *("batch_size_training", "validation_sequences"),
 )
 ACCURACY_KEYS = (*_TEXT, "calibration_corpus", *SETTING, *_TRAINING, "path", "seed")

@@ -69,7 +69,6 @@ class AccuracyRun:
             end_to_end_rate=options.end_to_end_rate,
             end_to_end_weight_rate=options.end_to_end_weight_rate,
             end_to_end_prefix_rate=options.end_to_end_prefix_rate,
-            end_to_end_pieces=options.end_to_end_pieces,
         )
         corpus = load_text(options.corpus, "test")
         self.calibration_texts = [load_text(source, "train") for source in options.calibration]
@@ -304,7 +303,6 @@ class AccuracyRun:
             "end_to_end_rate": training.end_to_end_rate if together else None,
             "end_to_end_weight_rate": training.end_to_end_weight_rate if together else None,
             "end_to_end_prefix_rate": training.end_to_end_prefix_rate if together else None,
-            "end_to_end_pieces": training.end_to_end_pieces if together else None,
             "learning_rate": training.learning_rate if finetuned else None,
             "weight_learning_rate": training.weight_learning_rate if finetuned else None,
             "batch_size_training": training.batch_size if finetuned else None,

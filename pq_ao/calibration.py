@@ -159,7 +159,7 @@ def calibrate(
     sequence_length = check_count("sequence_length", sequence_length)
     seed = check_count("seed", seed, minimum=0)
     context = _context(model, context, num_sequences, sequence_length)
-    _check_arguments(model, config, balance, rounding, search, finetune, prefix_ids, storage, sequence_length)
+    _check_arguments(model, config, balance, rounding, search, finetune, prefix_ids, storage)
     check_weights(model)
     held_out = 0 if finetune is None else finetune.validation_sequences
     windows = calibration_windows(tokenizer, data, num_sequences + held_out, sequence_length, seed)
@@ -220,9 +220,6 @@ class _Pipeline:
         learns = record.finetune is not None
         self.body, *self.floats = (self.begin(train) for _ in range(1 + learns))
         self.validation = [self.begin(validation) for _ in range(2 * learns)]
-        together = learns and record.finetune.end_to_end_epochs > 0
-        self.pieces = record.finetune.end_to_end_pieces if together else 1
-        self.float_pieces = [self._cut(windows) for windows in (train, validation) if self.pieces > 1]
         self.finetuner: Finetuner | None = None
 
     def run(self, journal: CalibrationJournal | None) -> None:
@@ -252,20 +249,10 @@ class _Pipeline:
             cast_block(layer, self.dtype)
             self.record.block_seconds.append(time.perf_counter() - started)
 
-    def through_all_blocks(self) -> tuple[list[Pairs], list[Pairs]]:
-        """What enters the first block, and what leaves the last one in floating point: to train and to validate on.
-
-        Whole windows, and where asked for the same in pieces.
-        """
+    def through_all_blocks(self) -> tuple[Pairs, Pairs]:
+        """What enters the first block, and what leaves the last one in floating point: to train and to validate on."""
         self.body, self.validation[0] = self.begin(self.train), self.begin(self.held_out)
-        cuts = [Pairs(self.body, *self.floats)], [Pairs(*self.validation)]
-        for cut, windows, floats in zip(cuts, (self.train, self.held_out), self.float_pieces, strict=False):
-            cut.append(Pairs(self._cut(windows), floats))
-        return cuts
-
-    def _cut(self, windows: Tensor) -> Stream:
-        """Windows [N, T] in pieces, each the beginning of a text."""
-        return self.begin(windows.reshape(len(windows) * self.pieces, -1), context=0)
+        return Pairs(self.body, *self.floats), Pairs(*self.validation)
 
     def _calibrate(self, sites: BlockSites, index: int, found: Found) -> dict:
         """One block; the quantized path is still in front of it afterwards, the other behind."""
@@ -283,7 +270,7 @@ class _Pipeline:
         return {"scales": scales, "finetuning": history.to_dict()}
 
     def _advance_floats(self, layer: nn.Module) -> None:
-        for stream in (*self.floats, *self.validation[1:], *self.float_pieces):
+        for stream in (*self.floats, *self.validation[1:]):
             stream.advance(layer)
 
 
@@ -336,17 +323,11 @@ def _check_arguments(
     finetune: FinetuneConfig | None,
     prefix_ids: Sequence[int] | None,
     storage: str,
-    sequence_length: int,
 ) -> None:
     if not isinstance(config, PrefixQuantConfig):
         raise TypeError(f"config: got {type(config).__name__}; pass a PrefixQuantConfig, from prefixquant_config().")
     if finetune is not None and not isinstance(finetune, FinetuneConfig):
         raise TypeError(f"finetune: got {type(finetune).__name__}; pass a pq_ao.FinetuneConfig, or None.")
-    if finetune is not None and sequence_length % finetune.end_to_end_pieces:
-        raise ValueError(
-            f"finetune: end_to_end_pieces={finetune.end_to_end_pieces} does not divide "
-            f"sequence_length={sequence_length}; choose one that does."
-        )
     if not isinstance(balance, bool):
         raise TypeError(f"balance={balance!r} is a {type(balance).__name__}; pass True or False.")
     choices = (("rounding", rounding, tuple(ROUNDINGS)), ("search", search, SEARCHES), ("storage", storage, STORAGES))

@@ -8,7 +8,6 @@ decoder itself; weights and the prefix's keys and values only where `FinetuneCon
 
 import copy
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +52,12 @@ class EndToEndFinetuner:
         if config.compile or (config.compile is None and self.on_gpu):
             self.block_outputs = torch.compile(self.frame.outputs, dynamic=False)
 
-    def train(self, pairs: Sequence[Pairs], validation: Sequence[Pairs]) -> TrainingHistory:
+    def train(self, pairs: Pairs, validation: Pairs) -> TrainingHistory:
         """Gives all blocks better scales, clip factors and biases, and codes and prefix if their rates are above 0.
 
         Args:
-            pairs: to train on: in front of the first block, and behind the last one in floating point; the same windows
-                once or more, each time cut into sequences of another length, whole first.
-            validation: others, which choose the state that is kept, cut likewise.
+            pairs: to train on: in front of the first block, and behind the last one in floating point.
+            validation: others, which choose the state that is kept.
 
         Returns:
             how it went; its errors are divergences in nats a token.
@@ -67,12 +65,12 @@ class EndToEndFinetuner:
         Warns:
             FinetuneWarning: a divergence was not finite; the blocks keep their best state until then.
         """
-        blocks, config = self._tensors(pairs[0].inputs), self.config
+        blocks, config = self._tensors(pairs.inputs), self.config
         history, best = train(
             {f"{i}.{name}": tensor for i, block in enumerate(blocks) for name, tensor in block.trained.items()},
             lambda chosen: self._error(blocks, pairs, chosen),
             lambda chosen: self._error(blocks, validation, chosen),
-            tuple(len(cuts) * len(cuts[0].inputs.hidden) for cuts in (pairs, validation)),
+            (len(pairs.inputs.hidden), len(validation.inputs.hidden)),
             epochs=config.end_to_end_epochs,
             batch_size=config.batch_size,
             rate=self._rate,
@@ -126,18 +124,8 @@ class EndToEndFinetuner:
             )
         return blocks
 
-    def _error(self, blocks: list[BlockTensors], cuts: Sequence[Pairs], chosen: Tensor) -> Tensor:
-        """Mean divergence over the tokens of the chosen windows, numbered through all cuts."""
-        windows, total = len(cuts[0].inputs.hidden), 0.0
-        for number, pairs in enumerate(cuts):
-            mine = chosen[chosen // windows == number] % windows
-            if len(mine):
-                pieces = len(pairs.inputs.hidden) // windows
-                sequences = (mine[:, None] * pieces + torch.arange(pieces)).flatten()
-                total = total + self._error_of(blocks, pairs, sequences) * (len(mine) / len(chosen))
-        return total
-
-    def _error_of(self, blocks: list[BlockTensors], pairs: Pairs, chosen: Tensor) -> Tensor:
+    def _error(self, blocks: list[BlockTensors], pairs: Pairs, chosen: Tensor) -> Tensor:
+        """Mean divergence over the tokens of the chosen sequences."""
         (hidden, angles), exact = pairs.batch(chosen)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
             for block in blocks:

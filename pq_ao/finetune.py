@@ -42,8 +42,6 @@ class FinetuneConfig:
             and takes little memory, else the device holds five float32 copies of the weights.
         end_to_end_prefix_rate: learning rate there of the prefix's keys and values, in parts of the spread of other
             tokens'; 0 leaves them as the prefix's tokens gave them.
-        end_to_end_pieces: train there on windows cut into so many equal pieces as well, for short contexts: a window of
-            8,192 tokens has few that see few others. An epoch then sees all windows twice. 1 for whole windows alone.
         compile: compile the training step; None for yes on a GPU, no on a CPU.
 
     Raises:
@@ -59,11 +57,10 @@ class FinetuneConfig:
     end_to_end_rate: float = 1e-3
     end_to_end_weight_rate: float = 0.0
     end_to_end_prefix_rate: float = 0.0
-    end_to_end_pieces: int = 1
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validation_sequences", "end_to_end_epochs", "end_to_end_pieces"):
+        for name in ("epochs", "batch_size", "validation_sequences", "end_to_end_epochs"):
             value, least = getattr(self, name), 0 if name == "end_to_end_epochs" else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"FinetuneConfig: {name}={value!r}; a whole number of at least {least} is required.")

@@ -122,24 +122,6 @@ def test_a_rate_for_a_prefix_that_is_not_there_trains_the_rest_alone(make_tiny, 
     assert records[0].end_to_end == records[1].end_to_end and records[0].end_to_end["kept"] > 0
 
 
-@pytest.mark.parametrize("storage", ["device", "disk"])
-def test_windows_in_pieces_are_learned_too(make_tiny, tiny_tokenizer, english, storage):
-    """The error is the mean over whole windows and pieces, and falls below that of who learned whole ones alone."""
-    options = {"search": "none", "storage": storage}
-    whole = _calibrate(_sharp(make_tiny), tiny_tokenizer, english, finetune=GAINING, **options).end_to_end
-    cut = GAINING | {"end_to_end_pieces": 4}
-    record = _calibrate(_sharp(make_tiny), tiny_tokenizer, english, finetune=cut, **options)
-    pieces = record.end_to_end
-    assert record.finetune.end_to_end_pieces == 4 and pieces["kept"] > 0
-    assert pieces["before"] != whole["before"]
-    assert min(pieces["validation"]) / pieces["before"] < min(whole["validation"]) / whole["before"]
-
-
-def test_pieces_have_to_divide_the_windows(make_tiny, tiny_tokenizer, english):
-    with pytest.raises(ValueError, match="end_to_end_pieces=5 does not divide sequence_length=96"):
-        _calibrate(make_tiny("llama"), tiny_tokenizer, english, finetune=GAINING | {"end_to_end_pieces": 5})
-
-
 def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english):
     models = [_sharp(make_tiny) for _ in range(2)]
     records = [_calibrate(model, tiny_tokenizer, english) for model in models]

@@ -156,7 +156,6 @@ def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english, seed):
         ({"end_to_end_epochs": -1}, "end_to_end_epochs=-1; a whole number of at least 0"),
         ({"end_to_end_rate": float("inf")}, "end_to_end_rate=inf"),
         ({"end_to_end_weight_rate": -0.1}, "end_to_end_weight_rate=-0.1"),
-        ({"end_to_end_pieces": 0}, "end_to_end_pieces=0; a whole number of at least 1"),
         ({"end_to_end_prefix_rate": -0.1}, "end_to_end_prefix_rate=-0.1"),
         ({"compile": "yes"}, "compile='yes'"),
     ],

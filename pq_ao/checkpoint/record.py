@@ -29,7 +29,6 @@ _LATER_OF_FINETUNING = {
     "end_to_end_rate": FinetuneConfig.end_to_end_rate,
     "end_to_end_weight_rate": 0.0,
     "end_to_end_prefix_rate": 0.0,
-    "end_to_end_pieces": 1,
 }
 _PREFIX: dict[str, tuple[type, ...]] = {
     "rule_ids": (list, type(None)),
