@@ -126,7 +126,10 @@ def _finetuning(row: Row) -> str:
         return "yes" if row["finetuned"] else "no"
     together = row.get("end_to_end_epochs")
     blockwise = "1 epoch" if epochs == 1 else f"{epochs} epochs"
-    return f"{blockwise}, {together} end to end" if together else blockwise
+    if not together:
+        return blockwise
+    learned = row["prefix"] and row.get("end_to_end_prefix_rate")
+    return f"{blockwise}, {together} end to end" + ", prefix too" * bool(learned)
 
 
 def _ratio(ratio: float | None) -> str:

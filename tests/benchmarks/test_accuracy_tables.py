@@ -63,13 +63,16 @@ class TestPerplexity:
     def test_ladder_reads_as_in_the_paper(self):
         names = ("scheme", "mode", "prefix", "rotation", "balance", "search", "rounding", "finetuned")
         rows = [row(9.0, **{key: getattr(c, key) for key in names}) for c in reversed(CALIBRATIONS.values())]
-        together = [{"end_to_end_epochs": 3} if c.end_to_end else {} for c in reversed(CALIBRATIONS.values())]
+        together = [
+            {"end_to_end_epochs": 3, "end_to_end_prefix_rate": 0.01} if c.end_to_end else {}
+            for c in reversed(CALIBRATIONS.values())
+        ]
         rows = [a | (TRAINED if a["finetuned"] else {}) | b for a, b in zip(rows, together, strict=True)]
         yes = {True: "yes", False: "no"}
         expected = [
             [
                 *(c.scheme, c.mode, yes[c.prefix], yes[c.rotation], yes[c.balance], c.search, c.rounding),
-                "20 epochs" * c.finetuned + ", 3 end to end" * c.end_to_end or "no",
+                ("20 epochs" * c.finetuned or "no") + (", 3 end to end" + ", prefix too" * c.prefix) * c.end_to_end,
             ]
             for c in CALIBRATIONS.values()
         ]
