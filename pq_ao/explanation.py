@@ -108,7 +108,9 @@ def totals(model: PreTrainedModel) -> str:
 
 
 def _scale_text(site: ActivationQuantizer) -> str:
-    return f"per token, clip {site.clip.item():.3g}" if site.dynamic else f"{site.scale.item():.5g}"
+    return (
+        f"per token, clip {site.clip.item():.3g}" if site.dynamic else f"{site.scale.item():.5g}" + " e2m1" * site.e2m1
+    )
 
 
 def _range_text(scales: Tensor | None) -> str:

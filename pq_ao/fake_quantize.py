@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor
 
-from pq_ao.ops.quantize import code_range
+from pq_ao.ops.quantize import code_range, e2m1_steps
 
 
 class _RoundStraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return torch.round(x)
+    def forward(ctx, x: Tensor, e2m1: bool) -> Tensor:
+        if not e2m1:
+            return torch.round(x)
+        steps = e2m1_steps(x)
+        return torch.round(x / steps) * steps
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, e2m1: bool = False) -> Tensor:
     """scale * clamp(round(x / scale)), bit for bit what `quantize` and `dequantize` give.
 
     Rounding passes gradients straight through, and clamping stops them: x has a gradient inside the range of codes;
@@ -26,9 +29,11 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
         x: floating point.
         scale: float32, broadcasts.
         bits: 4 or 8.
+        e2m1: to the codes of e2m1, see `quantize`.
 
     Returns:
         float32.
     """
-    low, high = code_range(bits)
-    return torch.clamp(_RoundStraightThrough.apply(x.float() / scale), low, high) * scale
+    low, high = code_range(bits, e2m1)
+    # beyond the range of e2m1 lie the steps of its last codes, whose rounding clamps as the code itself does
+    return torch.clamp(_RoundStraightThrough.apply(x.float() / scale, e2m1), low, high) * scale

@@ -167,7 +167,7 @@ class PrefixAttention(FixedDtype):
         out = cache_attention(
             query, slots.keys, slots.values, *scales, kv.key_shift, kv.value_shift, self.prefix_k, self.prefix_v,
             slots.start, visible, self.scaling, site.scale, None if site.dynamic else site.shift, site.bits,
-            site.encoding(batch * length),
+            site.encoding(batch * length), site.e2m1,
         )  # fmt: skip
         if layer is not None:
             layer.advance(length)

@@ -17,7 +17,7 @@ from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submod
 from pq_ao.hadamard import hadamard_transform, random_signs, randomized_hadamard
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
 from pq_ao.modules import FinalRMSNorm, PrefixAttention, PrefixMLP, PrefixRMSNorm
-from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
+from pq_ao.quantizers import KVQuantizer, activation_quantizers
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class BlockRotator:
         widths = (
             layer.get_submodule(name).in_features for name in (family.query, family.output, family.up, family.down)
         )
-        attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(self.config, width, device) for width in widths)
+        attn_in, o_in, mlp_in, down_in = activation_quantizers(self.config, widths, device)
         head_dim = head_dim_of(self.model_config)
         kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, head_dim, device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pq_ao.block_sites import BlockSites, SiteRange
 from pq_ao.fake_quantize import fake_quantize
 from pq_ao.modules import on_path
-from pq_ao.ops.quantize import absmax_scale, code_range, dequantize, quantize_per_row
+from pq_ao.ops.quantize import E2M1_LARGEST, absmax_scale, code_range, dequantize, e2m1_steps, quantize_per_row
 from pq_ao.quantizers import Path
 
 # o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
@@ -40,8 +40,8 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
         error = _clip_errors(sites, site, bits) if search == "tensor" else {}
     else:
         extent = sites.range(site)
-        target, start = quantizer.scale, _absmax_scale(extent.absmax, bits)
-        error = _scale_errors(extent, start, bits) if search == "tensor" else {}
+        target, start = quantizer.scale, _absmax_scale(extent.absmax, bits, quantizer.e2m1)
+        error = _scale_errors(extent, start, bits, quantizer.e2m1) if search == "tensor" else {}
     factor = 1.0
     if search == "tensor":
         factor = min(error, key=error.__getitem__)
@@ -59,18 +59,21 @@ def best_scale(x: Tensor, bits: int) -> Tensor:
     return x.new_tensor(start * min(errors, key=errors.__getitem__))
 
 
-def _absmax_scale(absmax: float, bits: int) -> float:
+def _absmax_scale(absmax: float, bits: int, e2m1: bool = False) -> float:
+    if e2m1:  # in steps of which absmax is the largest code
+        absmax *= (2**bits - 1) / 2 / E2M1_LARGEST
     return float(absmax_scale(torch.tensor(absmax, dtype=torch.float32), bits))
 
 
-def _scale_errors(extent: SiteRange, start: float, bits: int) -> dict[float, float]:
+def _scale_errors(extent: SiteRange, start: float, bits: int, e2m1: bool = False) -> dict[float, float]:
     """Squared error at each factor on the grid; in one piece, for a GPU waits at every number that is asked for."""
     bins, device = extent.histogram.numel(), extent.histogram.device
     centres = torch.arange(bins, dtype=torch.float64, device=device)
     centres = ((centres + 0.5) * (2 / bins) - 1) * extent.absmax
     scales = start * torch.tensor(_ACTIVATION_GRID, dtype=torch.float64, device=device)[:, None]
-    low, high = code_range(bits)
-    error = centres - torch.clamp(torch.round(centres / scales), low, high) * scales
+    codes = torch.clamp(centres / scales, *code_range(bits, e2m1))
+    steps = e2m1_steps(codes) if e2m1 else 1
+    error = centres - torch.round(codes / steps) * steps * scales
     return dict(zip(_ACTIVATION_GRID, (error.square() @ extent.histogram).tolist(), strict=True))
 
 

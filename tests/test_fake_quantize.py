@@ -7,12 +7,13 @@ from pq_ao.fake_quantize import fake_quantize
 from pq_ao.ops import code_range, dequantize, quantize
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_values_are_bit_for_bit_those_of_the_integers(bits):
+@pytest.mark.parametrize(("bits", "e2m1"), [(4, False), (8, False), (4, True)])
+def test_values_are_bit_for_bit_those_of_the_integers(bits, e2m1):
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(1000, 40, generator=generator) * 9
     scale = torch.rand(40, generator=generator) * 2 + 0.05
-    assert torch.equal(fake_quantize(x, scale, bits), dequantize(quantize(x, scale, bits), scale))
+    codes = quantize(x, scale, bits, e2m1=e2m1)
+    assert torch.equal(fake_quantize(x, scale, bits, e2m1), dequantize(codes, scale))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -29,6 +30,18 @@ def test_gradients_are_straight_through_and_lsq(bits):
     torch.testing.assert_close(x.grad[inside], weights[inside])
     expected = torch.where(inside, ratio.round() - ratio, ratio.clamp(low, high))
     torch.testing.assert_close(scale.grad, (expected * weights).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_of_e2m1_are_straight_through_and_lsq():
+    scale = torch.tensor(0.37, requires_grad=True)
+    x = (torch.linspace(-20, 20, 101) * 0.37).requires_grad_()
+    out = fake_quantize(x, scale, 4, e2m1=True)
+    out.sum().backward()
+    ratio, codes = x.detach() / 0.37, quantize(x.detach(), scale.detach(), 4, e2m1=True)
+    inside = ratio.abs() < 14  # halfway between the last code and the one that would follow
+    assert torch.equal(x.grad, inside.float())
+    expected = torch.where(inside, codes - ratio, codes.float())
+    torch.testing.assert_close(scale.grad, expected.sum(), rtol=1e-4, atol=1e-3)
 
 
 def test_half_precision_input_is_divided_in_float32():

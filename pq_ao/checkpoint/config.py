@@ -78,6 +78,8 @@ _FIELDS = {
     "calibration": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
     "tensors_sha256": (_is_sha256, "64 hexadecimal digits"),
 }
+# fields of schemes that came after the first checkpoints of this format -> what their absence means
+_LATER_OF_SCHEMES = {"o_in": "int"}
 _FIXED = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "untied_head": True, "hint": HINT}
 
 
@@ -120,11 +122,12 @@ def check_scheme(scheme: dict[str, Any]) -> "PrefixQuantConfig":
     """
     from pq_ao.config import PrefixQuantConfig  # imports torchao
 
+    given = _LATER_OF_SCHEMES | scheme
     names = {field.name for field in fields(PrefixQuantConfig)}
-    if scheme.keys() != names:
+    if given.keys() != names:
         raise ValueError(f"{_PLACE}: scheme has the fields {sorted(map(str, scheme))} instead of {sorted(names)}.")
     try:
-        return PrefixQuantConfig(**scheme)
+        return PrefixQuantConfig(**given)
     except ValueError as error:
         raise ValueError(f"{_PLACE}: scheme: {error}") from error
 

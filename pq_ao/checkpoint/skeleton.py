@@ -17,7 +17,7 @@ from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submod
 from pq_ao.head import Int8Head
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
 from pq_ao.modules import FinalRMSNorm, PrefixAttention, PrefixMLP, PrefixRMSNorm
-from pq_ao.quantizers import ActivationQuantizer, FixedDtype, KVQuantizer
+from pq_ao.quantizers import FixedDtype, KVQuantizer, activation_quantizers
 from pq_ao.tensors import PackedWeight
 
 _META = torch.device("meta")
@@ -77,7 +77,7 @@ def _strip_layer(
     head_dim, kv_heads = head_dim_of(model_config), model_config.num_key_value_heads
     linears = fused_linears(family, model_config)
     widths = [layer.get_submodule(fused.parts[0]).in_features for fused in linears]
-    attn_in, o_in, mlp_in, down_in = (ActivationQuantizer(scheme, width, _META) for width in widths)
+    attn_in, o_in, mlp_in, down_in = activation_quantizers(scheme, widths, _META)
     kept_norms = {name: layer.get_submodule(name) for name in renamed_norms(family).values()}
 
     attention = nn.Module()

@@ -11,9 +11,22 @@ MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 _OFF_THE_EDGE = 1 - 2**-12
 
 
-def code_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits."""
+# Codes of the 4-bit floating point e2m1, times two so that they are whole numbers: 0 1 2 3 4 6 8 12, with either sign.
+# Even steps near zero, twice and four times as wide beyond these magnitudes.
+E2M1_LARGEST, _E2M1_TWICE, _E2M1_FOUR_TIMES = 12, 4, 8
+
+
+def code_range(bits: int, e2m1: bool = False) -> tuple[int, int]:
+    """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits; -12, 12 for e2m1."""
+    if e2m1:
+        return -E2M1_LARGEST, E2M1_LARGEST
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def e2m1_steps(x: Tensor) -> Tensor:
+    """Distance of the codes of e2m1 around x, which is within their range: 1, 2 or 4."""
+    size = x.abs()
+    return 1 + (size >= _E2M1_TWICE) + 2 * (size >= _E2M1_FOUR_TIMES)  # whole numbers, whatever torch's default dtype
 
 
 def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
@@ -21,13 +34,19 @@ def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
     return (absmax * (2 / (2**bits - 1))).clamp(floor, MAX_SCALE)
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int8, e2m1: bool = False) -> Tensor:
     """Codes clamp(round(x / scale)); division and half-to-even rounding in float32. `scale` broadcasts.
 
-    `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly.
+    `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly. With `e2m1` the nearest code of that,
+    half to even in its steps.
     """
-    low, high = code_range(bits)
-    return torch.clamp(torch.round(x.float() / scale), low, high).to(dtype)
+    low, high = code_range(bits, e2m1)
+    codes = x.float() / scale
+    if not e2m1:
+        return torch.clamp(torch.round(codes), low, high).to(dtype)
+    codes = torch.clamp(codes, low, high)
+    steps = e2m1_steps(codes)
+    return (torch.round(codes / steps) * steps).to(dtype)
 
 
 def row_scale(x: Tensor, clip: Tensor, bits: int) -> Tensor:

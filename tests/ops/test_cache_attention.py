@@ -66,12 +66,16 @@ def test_slots_past_the_text_change_no_bit(stored, scales, queries, start, slots
     assert torch.equal(out, whole.flatten(-2))
 
 
-@pytest.mark.parametrize("bits, encoding", [(4, torch.int8), (8, torch.int8), (4, torch.float8_e4m3fn)])
-def test_quantized_output(bits, encoding):
+@pytest.mark.parametrize(
+    "bits, encoding, e2m1",
+    [(4, torch.int8, False), (8, torch.int8, False), (4, torch.float8_e4m3fn, False), (4, torch.int8, True),
+     (4, torch.float8_e4m3fn, True)],
+)  # fmt: skip
+def test_quantized_output(bits, encoding, e2m1):
     case = CacheCase(queries=2)
-    codes = cache_attention(*case.args(bits, encoding))
+    codes = cache_attention(*case.args(bits, encoding), e2m1=e2m1)
     assert codes.dtype == encoding
-    expected = quantize(cache_attention(*case.args()) - case.out_shift, case.out_scale, bits)
+    expected = quantize(cache_attention(*case.args()) - case.out_shift, case.out_scale, bits, e2m1=e2m1)
     assert torch.equal(codes.to(torch.int8), expected)
 
 

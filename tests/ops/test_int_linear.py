@@ -281,7 +281,7 @@ class TestEveryPathOnTheGPU:
                 assert torch.equal(int_linear(x.cuda(), *arguments).cpu(), expected)
 
     @pytest.mark.parametrize("path", LinearPath, ids=lambda path: path.value)
-    @pytest.mark.parametrize("x_code, w_code", [(-8, -8), (7, 7), (-8, 7)])
+    @pytest.mark.parametrize("x_code, w_code", [(-8, -8), (7, 7), (-8, 7), (12, -8), (-12, -8)])
     def test_extremes(self, path, x_code, w_code):
         x = torch.full((8, 14336), x_code, dtype=torch.int8, device="cuda")
         weight = torch.full((4096, 14336), w_code, dtype=torch.int8, device="cuda")

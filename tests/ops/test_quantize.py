@@ -17,6 +17,31 @@ def random_floats(*shape: int) -> torch.Tensor:
 def test_code_range():
     assert code_range(4) == (-8, 7)
     assert code_range(8) == (-128, 127)
+    assert code_range(4, e2m1=True) == (-12, 12)
+
+
+class TestE2M1:
+    # 0 0.5 1 1.5 2 3 4 6 of the OCP microscaling formats, times two
+    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
+
+    def test_every_value_gets_the_nearest_code(self):
+        grid = torch.tensor(sorted({sign * m for m in self.MAGNITUDES for sign in (-1, 1)}))
+        x = random_floats(4000) * 6
+        codes = quantize(x, ONE, 4, e2m1=True)
+        assert codes.dtype == torch.int8 and set(codes.tolist()) == set(grid.tolist())
+        assert torch.equal((x - codes).abs(), (x[:, None] - grid).abs().amin(dim=1))
+
+    def test_ties_go_to_the_code_with_an_even_last_bit(self):
+        ties = {0.5: 0, 1.5: 2, 2.5: 2, 3.5: 4, 5: 4, 7: 8, 10: 8}
+        x = torch.tensor([*ties, *(-tie for tie in ties)])
+        assert quantize(x, ONE, 4, e2m1=True).tolist() == [*ties.values(), *(-code for code in ties.values())]
+
+    def test_clamped_at_both_ends_and_exact_in_float8(self):
+        x = torch.tensor([12.1, 13.9, 14.0, 40.0, torch.inf, -torch.inf])
+        assert quantize(x, ONE, 4, e2m1=True).tolist() == [12] * 5 + [-12]
+        x = random_floats(1000) * 6
+        as_float8 = quantize(x, ONE, 4, torch.float8_e4m3fn, e2m1=True)
+        assert torch.equal(as_float8.to(torch.int8), quantize(x, ONE, 4, e2m1=True))
 
 
 class TestQuantize:

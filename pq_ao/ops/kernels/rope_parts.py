@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.interpret import INTERPRETED, quantize, round_half_even
+from pq_ao.ops.kernels.interpret import INTERPRETED, nearest_code, quantize
 
 
 @triton.jit
@@ -15,4 +15,4 @@ def divide_and_round(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
     # off by an ulp at most, which the exact remainder mends (P. Markstein, IBM J. Res. Dev. 34, 1990)
     quotient = tl.minimum(tl.maximum(x * reciprocal, LOW - 1.0), HIGH + 1.0)
     quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
-    return round_half_even(tl.minimum(tl.maximum(quotient, LOW), HIGH))
+    return nearest_code(quotient, LOW, HIGH)
