@@ -42,7 +42,7 @@ def test_number_of_sequences_at_once_changes_no_scale(make_tiny, tiny_tokenizer,
     for tokens in (64, 8192):
         monkeypatch.setattr("pq_ao.streams._TOKENS_AT_ONCE", tokens)
         # sums in another order may flip a code, and one of e2m1 moves the scales of the next block
-        record = _calibrate(make_tiny("llama"), tiny_tokenizer, english, prefixquant_config(o_in="int"))
+        record = _calibrate(make_tiny("llama"), tiny_tokenizer, english, pq_ao.prefixquant_config(o_in="int"))
         found.append([[scales[f"{site}_factor"] for site in SITES] for scales in record.scales])
     assert found[0] == found[1]
 
