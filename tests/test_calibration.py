@@ -61,10 +61,13 @@ def test_searched_scales_have_less_error_than_min_max(make_tiny, tiny_tokenizer,
     assert errors[search] < 0.7 * errors["none"]
 
 
-def test_tensor_search_is_the_best_of_a_direct_scan(make_tiny, tiny_tokenizer, english):
+@pytest.mark.parametrize("site", ["attn_in", "o_in"])
+def test_tensor_search_is_the_best_of_a_direct_scan(make_tiny, tiny_tokenizer, english, site):
     model = make_tiny("llama")
     _calibrate(model, tiny_tokenizer, english)
-    quantizer: ActivationQuantizer = model.model.layers[0].input_layernorm.quantizer
+    layer = model.model.layers[0]
+    quantizer: ActivationQuantizer = layer.input_layernorm.quantizer if site == "attn_in" else layer.self_attn.o_in
+    assert quantizer.e2m1 == (site == "o_in")
     seen = []
     quantizer.observer = lambda x: seen.append(x - quantizer.shift)
     from pq_ao.data import calibration_windows
@@ -73,12 +76,11 @@ def test_tensor_search_is_the_best_of_a_direct_scan(make_tiny, tiny_tokenizer, e
         model(calibration_windows(tiny_tokenizer, english, 4, 64, 0))
     x = torch.cat(seen).flatten(0, -2)
     start = x.abs().max() * 2 / 15
-    scan = {
-        f: float((dequantize(quantize(x, start * f, 4), start * f) - x).square().sum())
-        for f in torch.linspace(0.1, 1, 91)
-    }
-    found = float((dequantize(quantize(x, quantizer.scale, 4), quantizer.scale) - x).square().sum())
-    assert found <= 1.01 * min(scan.values())
+
+    def error(scale) -> float:
+        return float((dequantize(quantize(x, scale, 4, e2m1=quantizer.e2m1), scale) - x).square().sum())
+
+    assert error(quantizer.scale) <= 1.01 * min(error(start * f) for f in torch.linspace(0.05, 1, 96))
 
 
 def test_record_tells_what_was_done(make_tiny, tiny_tokenizer, english):
