@@ -65,6 +65,10 @@ def _folder(row: Row) -> str:
 
 def _decode(row: Row) -> str:
     return (
-        f"- exported decode, CUDA graph by {row['by']}: {row['exported_ms']:.3f} ms a token, {row['ratio']:.2f}x the "
-        f"engine's {row['engine_ms']:.3f} ms."
+        f"- exported decode, CUDA graph by {row['by']}: {row['exported_ms']:.3f} ms a token, {row['ratio']:.2f}x "
+        + (
+            f"the engine's {row['engine_ms']:.3f} ms."
+            if "engine_ms" in row
+            else f"the model's {row['model_ms']:.3f} ms."
+        )
     )

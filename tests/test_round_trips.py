@@ -154,6 +154,20 @@ class TestCommand:
         assert results.rows[1]["integers"] is False and results.rows[1]["steps_as_original"] == 0
         assert "eager x state_dict: DIFFERS" in capsys.readouterr().out
 
+    def test_what_programs_are_timed_against_decodes_as_the_model_does(self):
+        model = tiny("qwen2", dtype=torch.bfloat16)
+        ids = torch.randint(3, 300, (1, 5), generator=torch.Generator().manual_seed(0))
+        cache = pq_ao.PrefixStaticCache(model, 1, 16)
+        expected = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        expected = expected[0, 5:].tolist()
+        step = round_trips.CompiledStep(model, 1, 16, {"backend": "eager"})
+        for _ in range(2):
+            tokens = [step.prefill(ids)]
+            for _ in range(3):
+                tokens.append(step.decode(tokens[-1]))
+            assert [int(token) for token in tokens] == expected
+            step.reset()
+
     def test_nothing_to_time_on_a_cpu(self, arguments, capsys):
         with pytest.raises(SystemExit):
             round_trips.main([*arguments, "--parts", "cells", "decode"])

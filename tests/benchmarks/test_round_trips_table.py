@@ -52,6 +52,9 @@ def test_the_newest_of_each_device_and_what_stands_below():
     assert "take 1,000 bytes, 0.258 of bf16; loaded in 0.50 s, peak 297.5 MiB for 160.0 MiB; no floating" in text
     for by in ("our recording", "reduce-overhead"):
         assert f"CUDA graph by {by}: 0.500 ms a token, 0.50x the engine's 1.000 ms." in text
+    likewise = {"what": "decode", "by": "reduce-overhead", "exported_ms": 0.5, "model_ms": 2.0, "ratio": 0.25}
+    text = round_trips([run_of("GPU", cell("eager", "original", 1), likewise)])
+    assert "CUDA graph by reduce-overhead: 0.500 ms a token, 0.25x the model's 2.000 ms." in text
 
 
 def test_no_results():

@@ -1,5 +1,6 @@
 """The decode kernel at the shape of Llama-3-8B, and heads that do not fill the tensor core's tiles."""
 
+from pq_ao.ops import code_range
 from pq_ao.ops.kernels.decode_attention import Tiles, decode_kernel
 from tests.kernels.specimens import Specimen
 
@@ -23,17 +24,17 @@ _WALK = Tiles(warps=1, slots=64, stages=3, splits=2)
 
 def _specimen(
     name, types, stored, tiles, *, out="i8", queries=1, repeat=4, head_dim=128, codes=False, per_token=False,
-    prefix=True, even=True, early=False, minimum_arch=80,
+    prefix=True, even=True, early=False, e2m1=False, minimum_arch=80,
 ):  # fmt: skip
     word, bits, planes = stored
-    words = head_dim // planes
+    words, (low, high) = head_dim // planes, code_range(4, e2m1)
     types = _COMMON | types | {"keys_ptr": f"*{word}", "values_ptr": f"*{word}", "out_ptr": f"*{out}"}
     constants = {
         **{pointer: None for pointer in _POINTERS if pointer not in types},
         **{"QUERIES": queries, "HEADS": 8 * repeat, "REPEAT": repeat, "HEAD_DIM": head_dim, "BITS": bits},
         **{"PLANES": planes, "WORDS": words, "WORDS_PADDED": max(16, words), "PER_TOKEN": per_token},
         **{"CODES": codes, "PREFIX": prefix, "PREFIX_APART": prefix and (tiles.prefix_apart or not codes)},
-        **{"LOW": -8, "HIGH": 7, "ONE_PART": tiles.splits == 1 and not tiles.prefix_apart, "WARPS": tiles.warps},
+        **{"LOW": low, "HIGH": high, "ONE_PART": tiles.splits == 1 and not tiles.prefix_apart, "WARPS": tiles.warps},
         **{"TILE": tiles.slots, "STAGES": tiles.stages, "SLOTS_FIRST": tiles.slots_first, "EVEN": even, "EARLY": early},
     }
     options = {"num_warps": tiles.warps} | ({} if tiles.registers is None else {"maxnreg": tiles.registers})
@@ -45,8 +46,8 @@ def _specimen(
 
 
 SPECIMENS = [
-    _specimen("int4", _STATIC, _INT4, _CODES, codes=True, early=True, minimum_arch=90),
-    _specimen("int4, many heads", _STATIC, _INT4, _MANY, codes=True),
+    _specimen("int4", _STATIC, _INT4, _CODES, codes=True, early=True, e2m1=True, minimum_arch=90),
+    _specimen("int4, many heads", _STATIC, _INT4, _MANY, codes=True, e2m1=True),
     _specimen("int4, one part", _STATIC, _INT4, _MANY._replace(splits=1), codes=True),
     _specimen("int4, no prefix", _STATIC, _INT4, _CODES, codes=True, prefix=False),
     _specimen(
