@@ -158,7 +158,7 @@ def _unit_into(units: dict[str, Tensor], name: str):
 
 def _units_of_heads_into(units: dict[str, Tensor], names: list[str]):
     def hook(kv: nn.Module, inputs: tuple[Tensor, Tensor, torch.dtype]) -> None:
-        for name, x_BGLD in zip(names, inputs, strict=False):
+        for name, x_BGLD in zip(names, inputs[:2], strict=True):
             spread = x_BGLD.float().std(dim=(0, 2)).square().mean(dim=-1).sqrt()
             units[name] = spread[:, None, None]
 

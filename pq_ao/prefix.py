@@ -3,7 +3,6 @@
 Everything here runs on the model as it was loaded: the statistic is taken before R4 and does not depend on R1.
 """
 
-import logging
 import math
 import warnings
 from collections import Counter
@@ -17,8 +16,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pq_ao.families import family_of
-
-logger = logging.getLogger(__name__)
 
 OUTLIER_THRESHOLD = 64.0  # the paper's eta1
 

@@ -154,9 +154,10 @@ class BlockFrame:
             module, _, factor = name.rpartition(".")
             block.get_submodule(module).get_buffer(factor).copy_(tensors.fixed[name] * tensors.trained[name].exp())
         for name in self.prefix:
-            module, _, part = name.rpartition(".")
-            attention = block.get_submodule(module)
-            setattr(attention, part, self._prefix(tensors, name).to(attention.fixed_dtype))
+            if name in tensors.trained:
+                module, _, part = name.rpartition(".")
+                attention = block.get_submodule(module)
+                setattr(attention, part, self._prefix(tensors, name).to(attention.fixed_dtype))
         for name, linear in linears_of(block).items():
             scale, bits = self._scale(tensors, name), self._bits(name)
             codes = tensors.start.get(f"{name}.codes")
