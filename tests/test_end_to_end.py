@@ -103,11 +103,10 @@ def _prefixes(model):
     return [tensor for attention in attentions for tensor in (attention.prefix_k, attention.prefix_v)]
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_the_prefix_learns_where_it_has_a_rate_of_its_own(make_tiny, tiny_tokenizer, english, mode):
+def test_the_prefix_learns_where_it_has_a_rate_of_its_own(make_tiny, tiny_tokenizer, english):
     given, learned = _sharp(make_tiny), _sharp(make_tiny)
-    _calibrate(given, tiny_tokenizer, english, mode, BLOCKWISE | UNTRAINED, search="none")
-    record = _calibrate(learned, tiny_tokenizer, english, mode, PREFIX_TOO, search="none")
+    _calibrate(given, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
+    record = _calibrate(learned, tiny_tokenizer, english, finetune=PREFIX_TOO, search="none")
     assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_prefix_rate == 0.005
     for before, after in zip(_prefixes(given), _prefixes(learned), strict=True):
         assert before.shape == after.shape and before.dtype == after.dtype and not torch.equal(before, after)

@@ -50,7 +50,6 @@ def _operands(name, word, kind, bits, planes, words):
 
 SPECIMENS = [
     _prefill("static", _STATIC, LOW=-12, HIGH=12),
-    _prefill("static, even codes", _STATIC),
     _prefill("per token", _PER_TOKEN, out="fp32", PER_TOKEN=True),
     _prefill("floats", {}, out="fp32"),
     _prefill("by pointers", _STATIC, rows=128, warps=8, tma=False, LOW=-12, HIGH=12),
