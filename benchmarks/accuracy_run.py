@@ -291,7 +291,7 @@ class AccuracyRun:
             "prefix": calibrated and calibration.prefix,
             "rotation": calibrated and calibration.rotation,
             "balance": calibration.balance if quantized else None,
-            "o_in": calibration.config().o_in if quantized else None,
+            "act_codes": calibration.config().act_codes if quantized else None,
             "search": calibration.search if quantized else None,
             "rounding": calibration.rounding if quantized else None,
             "finetuned": finetuned,

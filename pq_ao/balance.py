@@ -26,7 +26,7 @@ from pq_ao.hadamard import (
     randomized_hadamard_transpose,
 )
 from pq_ao.key_balance import balance_keys
-from pq_ao.ops.quantize import absmax_scale, dequantize, quantize, quantize_per_row
+from pq_ao.ops.quantize import absmax_scale, centre, dequantize, quantize, quantize_per_row
 from pq_ao.quantizers import ActivationQuantizer
 from pq_ao.rotation import Rotation
 from pq_ao.scale_search import Found, best_scale
@@ -164,8 +164,10 @@ def _output_error(inner: _Inner, factors: Tensor | float, quantizer: ActivationQ
     if quantizer.dynamic:
         z = dequantize(*quantize_per_row(x, x.new_full((1,), _TOKEN_CLIP), quantizer.bits))
     else:
-        scale = best_scale(x, quantizer.bits)
-        z = dequantize(quantize(x, scale, quantizer.bits), scale)
+        codes = quantizer.code_set
+        scale = best_scale(x, quantizer.bits, codes)
+        offset = scale * centre(codes)
+        z = dequantize(quantize(x + offset, scale, quantizer.bits, codes=codes), scale) - offset
     scale = absmax_scale(weight.abs().amax(dim=1) * _WEIGHT_CLIP, quantizer.weight_bits, floor=1e-8)[:, None]
     rounded = dequantize(quantize(weight, scale, quantizer.weight_bits), scale)
     error = (z @ rounded.T - x @ weight.T).square().sum(dim=1)

@@ -6,7 +6,7 @@ from typing import Literal
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 Mode = Literal["static", "dynamic"]
-Codes = Literal["int", "e2m1"]
+Codes = Literal["even", "spread"]
 
 # name -> (weight_bits, act_bits, kv_bits)
 SCHEMES: dict[str, tuple[int, int, int]] = {
@@ -23,7 +23,7 @@ _ALLOWED: dict[str, tuple] = {
     "mode": ("static", "dynamic"),
     "prefix": (True, False),
     "rotation": (True, False),
-    "o_in": ("int", "e2m1"),
+    "act_codes": ("even", "spread"),
     "version": (1,),
 }
 
@@ -39,8 +39,8 @@ class PrefixQuantConfig(AOBaseConfig):
         mode: "static" (scales fixed by calibration, the paper's O2) or "dynamic" (absmax per token, O1).
         prefix: start every context with the outlier tokens' full-precision KV.
         rotation: Hadamard rotations R1 to R4.
-        o_in: codes of the inputs of o_proj: "int", or for 4 bits under static scales "e2m1", those of 4-bit floating
-            point, whose steps are finer near zero: what attention puts out differs in size from token to token.
+        act_codes: whole numbers that stand for activations: "even", -8 to 7 or -128 to 127, or for 4 bits under static
+            scales "spread", 16 of them that are dense near zero, where most values are, and further apart outside.
         version: format of this config.
 
     Raises:
@@ -53,7 +53,7 @@ class PrefixQuantConfig(AOBaseConfig):
     mode: Mode = "static"
     prefix: bool = True
     rotation: bool = True
-    o_in: Codes = "int"
+    act_codes: Codes = "even"
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -67,9 +67,9 @@ class PrefixQuantConfig(AOBaseConfig):
                 f"PrefixQuantConfig: weight_bits={self.weight_bits} with act_bits=4 gains neither speed nor accuracy; "
                 f"use act_bits=8, or one of the schemes {tuple(SCHEMES)}."
             )
-        if self.o_in == "e2m1" and (self.act_bits != 4 or self.mode != "static"):
+        if self.act_codes == "spread" and (self.act_bits != 4 or self.mode != "static"):
             raise ValueError(
-                f"PrefixQuantConfig: o_in='e2m1' with act_bits={self.act_bits}, mode={self.mode!r}; it is for "
+                f"PrefixQuantConfig: act_codes='spread' with act_bits={self.act_bits}, mode={self.mode!r}; it is for "
                 "act_bits=4 and mode='static'. Leave it out."
             )
 
@@ -85,14 +85,14 @@ def prefixquant_config(
     mode: Mode = "static",
     prefix: bool = True,
     rotation: bool = True,
-    o_in: Codes | None = None,
+    act_codes: Codes | None = None,
 ) -> PrefixQuantConfig:
     """Config of a named scheme.
 
     Args:
         scheme: one of "w4a4kv4", "w4a8kv4", "w8a8kv8", "w4a4kv16".
         mode, prefix, rotation: see `PrefixQuantConfig`.
-        o_in: likewise; None for "e2m1" where it is allowed, else "int".
+        act_codes: likewise; None for "spread" where it is allowed, else "even".
 
     Raises:
         ValueError: unknown scheme, or a field that is not allowed.
@@ -108,9 +108,9 @@ def prefixquant_config(
             "or build a PrefixQuantConfig(weight_bits=..., act_bits=..., kv_bits=...)."
         )
     weight_bits, act_bits, kv_bits = SCHEMES[scheme]
-    if o_in is None:
-        o_in = "e2m1" if act_bits == 4 and mode == "static" else "int"
-    return PrefixQuantConfig(weight_bits, act_bits, kv_bits, mode, prefix, rotation, o_in)
+    if act_codes is None:
+        act_codes = "spread" if act_bits == 4 and mode == "static" else "even"
+    return PrefixQuantConfig(weight_bits, act_bits, kv_bits, mode, prefix, rotation, act_codes)
 
 
 # torchao rebuilds configs from JSON by looking their class up in these modules

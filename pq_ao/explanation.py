@@ -108,9 +108,9 @@ def totals(model: PreTrainedModel) -> str:
 
 
 def _scale_text(site: ActivationQuantizer) -> str:
-    return (
-        f"per token, clip {site.clip.item():.3g}" if site.dynamic else f"{site.scale.item():.5g}" + " e2m1" * site.e2m1
-    )
+    if site.dynamic:
+        return f"per token, clip {site.clip.item():.3g}"
+    return f"{site.scale.item():.5g}" + f" {site.code_set}" * (site.code_set != "even")
 
 
 def _range_text(scales: Tensor | None) -> str:

@@ -3,23 +3,20 @@
 import torch
 from torch import Tensor
 
-from pq_ao.ops.quantize import code_range, e2m1_steps
+from pq_ao.ops.quantize import code_range, nearest_codes
 
 
 class _RoundStraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, e2m1: bool) -> Tensor:
-        if not e2m1:
-            return torch.round(x)
-        steps = e2m1_steps(x)
-        return torch.round(x / steps) * steps
+    def forward(ctx, x: Tensor, codes: str) -> Tensor:
+        return nearest_codes(x, codes)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int, e2m1: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, codes: str = "even") -> Tensor:
     """scale * clamp(round(x / scale)), bit for bit what `quantize` and `dequantize` give.
 
     Rounding passes gradients straight through, and clamping stops them: x has a gradient inside the range of codes;
@@ -29,11 +26,10 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, e2m1: bool = False) -> Te
         x: floating point.
         scale: float32, broadcasts.
         bits: 4 or 8.
-        e2m1: to the codes of e2m1, see `quantize`.
+        codes: see `quantize`.
 
     Returns:
         float32.
     """
-    low, high = code_range(bits, e2m1)
-    # beyond the range of e2m1 lie the steps of its last codes, whose rounding clamps as the code itself does
-    return torch.clamp(_RoundStraightThrough.apply(x.float() / scale, e2m1), low, high) * scale
+    low, high = code_range(bits, codes)
+    return torch.clamp(_RoundStraightThrough.apply(x.float() / scale, codes), low, high) * scale

@@ -167,7 +167,7 @@ class PrefixAttention(FixedDtype):
         out = cache_attention(
             query, slots.keys, slots.values, *scales, kv.key_shift, kv.value_shift, self.prefix_k, self.prefix_v,
             slots.start, visible, self.scaling, site.scale, None if site.dynamic else site.shift, site.bits,
-            site.encoding(batch * length), site.e2m1,
+            site.encoding(batch * length), site.code_set,
         )  # fmt: skip
         if layer is not None:
             layer.advance(length)
@@ -205,8 +205,9 @@ class PrefixMLP(FixedDtype):
             gate_up, unscaled = self.gate_up_proj.unscaled(hidden_states)
             encoding = site.encoding(gate_up.numel() // gate_up.shape[-1])
             codes, row_scale = silu_hadamard(
-                gate_up, self.down_base, site.scale, site.clip, site.shift, site.bits, encoding, *unscaled
-            )
+                gate_up, self.down_base, site.scale, site.clip, site.shift, site.bits, encoding, *unscaled,
+                codes=site.code_set,
+            )  # fmt: skip
             h = QuantizedActivation(codes, row_scale if site.dynamic else site.scale, self.fixed_dtype)
             return self.down_proj(h)
         gate, up = self.gate_up_proj(hidden_states).float().chunk(2, dim=-1)

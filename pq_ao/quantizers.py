@@ -55,17 +55,18 @@ class ActivationQuantizer(FixedDtype):
     in the bias. So the codes spend their range on what changes from token to token.
 
     Attributes:
-        e2m1: codes are those of the floating point e2m1 (`pq_ao.ops.quantize`).
+        code_set: which codes, see `pq_ao.ops.quantize.CODE_SETS`.
         scale: float32 (1,) in static mode, else None.
         clip: float32 (1,) in dynamic mode, the factor on each token's absmax; else None.
-        shift: float32 [K], static mean of each channel; zeros until calibration sets it.
+        shift: float32 [K], static mean of each channel, less what puts it at the centre of the codes; zeros until
+            calibration sets it.
         path: see `Path`.
         observer: called with the float32 tensor before it is quantized; calibration sets it.
     """
 
-    def __init__(self, config: PrefixQuantConfig, width: int, device: torch.device, e2m1: bool = False):
+    def __init__(self, config: PrefixQuantConfig, width: int, device: torch.device, code_set: str = "even"):
         super().__init__()
-        self.bits, self.weight_bits, self.e2m1 = config.act_bits, config.weight_bits, e2m1
+        self.bits, self.weight_bits, self.code_set = config.act_bits, config.weight_bits, code_set
         self.dynamic = config.mode == "dynamic"
         self.path = Path.FLOAT
         self.observer: Callable[[Tensor], None] | None = None
@@ -83,7 +84,7 @@ class ActivationQuantizer(FixedDtype):
         x = x.float() - self.shift
         if self.dynamic:
             return quantize_per_row(x, self.clip, self.bits, dtype)
-        return quantize(x, self.scale, self.bits, dtype, self.e2m1), self.scale
+        return quantize(x, self.scale, self.bits, dtype, self.code_set), self.scale
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """float32 [..., K] to `dtype` (FLOAT), float32 (REFERENCE) or a QuantizedActivation (INTEGER)."""
@@ -95,17 +96,20 @@ class ActivationQuantizer(FixedDtype):
             return QuantizedActivation(*self.codes(x, self.encoding(x.numel() // x.shape[-1])), dtype)
         x = x.float() - self.shift
         scale = row_scale(x, self.clip, self.bits) if self.dynamic else self.scale
-        return fake_quantize(x, scale, self.bits, self.e2m1) + self.shift
+        return fake_quantize(x, scale, self.bits, self.code_set) + self.shift
+
+
+# by `act_codes` those of A1 to A4; what attention puts out differs most in size from token to token
+_CODE_SETS = {"even": ("even",) * 4, "spread": ("spread", "wide", "spread", "spread")}
 
 
 def activation_quantizers(
     config: PrefixQuantConfig, widths: Iterable[int], device: torch.device
 ) -> list[ActivationQuantizer]:
     """Those of one block, A1 to A4, for inputs of these widths."""
-    names = ("attn_in", "o_in", "mlp_in", "down_in")
     return [
-        ActivationQuantizer(config, width, device, e2m1=name == "o_in" and config.o_in == "e2m1")
-        for name, width in zip(names, widths, strict=True)
+        ActivationQuantizer(config, width, device, code_set)
+        for code_set, width in zip(_CODE_SETS[config.act_codes], widths, strict=True)
     ]
 
 

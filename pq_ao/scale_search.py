@@ -13,7 +13,7 @@ from torch import Tensor
 from pq_ao.block_sites import BlockSites, SiteRange
 from pq_ao.fake_quantize import fake_quantize
 from pq_ao.modules import on_path
-from pq_ao.ops.quantize import E2M1_LARGEST, absmax_scale, code_range, dequantize, e2m1_steps, quantize_per_row
+from pq_ao.ops.quantize import absmax_scale, centre, code_range, dequantize, nearest_codes, quantize_per_row
 from pq_ao.quantizers import Path
 
 # o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
@@ -40,40 +40,45 @@ def search_activation(sites: BlockSites, site: str, bits: int, search: str) -> F
         error = _clip_errors(sites, site, bits) if search == "tensor" else {}
     else:
         extent = sites.range(site)
-        target, start = quantizer.scale, _absmax_scale(extent.absmax, bits, quantizer.e2m1)
-        error = _scale_errors(extent, start, bits, quantizer.e2m1) if search == "tensor" else {}
+        target, start = quantizer.scale, _absmax_scale(extent.absmax, bits, quantizer.code_set)
+        error = _scale_errors(extent, start, bits, quantizer.code_set) if search == "tensor" else {}
+    mean, middle = quantizer.shift.clone(), centre(quantizer.code_set)
+
+    def put(factor: float) -> None:
+        target.fill_(start * factor)
+        quantizer.shift.copy_(mean - middle * target)
+
     factor = 1.0
     if search == "tensor":
         factor = min(error, key=error.__getitem__)
     elif search == "block":
-        factor = _search_block(sites, site, lambda f: target.fill_(start * f))
-    target.fill_(start * factor)
+        factor = _search_block(sites, site, put)
+    put(factor)
     return {site: start * factor, f"{site}_factor": factor}
 
 
-def best_scale(x: Tensor, bits: int) -> Tensor:
-    """float32 scalar, the static scale of the least squared error of `x` itself."""
+def best_scale(x: Tensor, bits: int, codes: str = "even") -> Tensor:
+    """float32 scalar, the static scale of the least squared error of `x` itself, put where its codes are centred."""
     absmax = float(x.abs().amax())
-    start = _absmax_scale(absmax, bits)
-    errors = _scale_errors(SiteRange.of(x, absmax), start, bits)
+    start = _absmax_scale(absmax, bits, codes)
+    errors = _scale_errors(SiteRange.of(x, absmax), start, bits, codes)
     return x.new_tensor(start * min(errors, key=errors.__getitem__))
 
 
-def _absmax_scale(absmax: float, bits: int, e2m1: bool = False) -> float:
-    if e2m1:  # in steps of which absmax is the largest code
-        absmax *= (2**bits - 1) / 2 / E2M1_LARGEST
+def _absmax_scale(absmax: float, bits: int, codes: str = "even") -> float:
+    low, high = code_range(bits, codes)
+    absmax *= (2**bits - 1) / (high - low)  # these codes reach so much further than even ones
     return float(absmax_scale(torch.tensor(absmax, dtype=torch.float32), bits))
 
 
-def _scale_errors(extent: SiteRange, start: float, bits: int, e2m1: bool = False) -> dict[float, float]:
+def _scale_errors(extent: SiteRange, start: float, bits: int, codes: str = "even") -> dict[float, float]:
     """Squared error at each factor on the grid; in one piece, for a GPU waits at every number that is asked for."""
     bins, device = extent.histogram.numel(), extent.histogram.device
     centres = torch.arange(bins, dtype=torch.float64, device=device)
     centres = ((centres + 0.5) * (2 / bins) - 1) * extent.absmax
     scales = start * torch.tensor(_ACTIVATION_GRID, dtype=torch.float64, device=device)[:, None]
-    codes = torch.clamp(centres / scales, *code_range(bits, e2m1))
-    steps = e2m1_steps(codes) if e2m1 else 1
-    error = centres - torch.round(codes / steps) * steps * scales
+    exact = centres / scales + centre(codes)
+    error = (torch.clamp(nearest_codes(exact, codes), *code_range(bits, codes)) - exact) * scales
     return dict(zip(_ACTIVATION_GRID, (error.square() @ extent.histogram).tolist(), strict=True))
 
 

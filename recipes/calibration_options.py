@@ -24,7 +24,11 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=("static", "dynamic"), default="static", help="of the scales (default: %(default)s)")
     add("--prefix", action=switch, default=True, help="outlier tokens as a hidden prefix")
     add("--rotation", action=switch, default=True, help="Hadamard rotations")
-    add("--o-in", choices=("int", "e2m1"), help="4-bit codes of o_proj's inputs (default: e2m1 where it is allowed)")
+    add(
+        "--act-codes",
+        choices=("even", "spread"),
+        help="4-bit codes of activations (default: spread where it is allowed)",
+    )
 
     group = parser.add_argument_group("calibration")
     add_data_options(group)
@@ -74,7 +78,7 @@ def config_of(arguments: argparse.Namespace) -> pq_ao.PrefixQuantConfig:
         mode=arguments.mode,
         prefix=arguments.prefix,
         rotation=arguments.rotation,
-        o_in=arguments.o_in,
+        act_codes=arguments.act_codes,
     )
 
 

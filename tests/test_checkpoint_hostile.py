@@ -332,10 +332,10 @@ class TestConfig:
         ("change", "match"),
         [
             ({"weight_bits": 3}, "weight_bits=3 is not supported"),
-            ({"weight_bits": 8, "act_bits": 8, "o_in": "int"}, "weight' is U8"),
+            ({"weight_bits": 8, "act_bits": 8, "act_codes": "even"}, "weight' is U8"),
             ({"kv_bits": 16}, "kv.key_scale' is unknown"),
-            ({"mode": "dynamic", "o_in": "int"}, "scale' is unknown"),
-            ({"mode": "dynamic"}, "o_in='e2m1' with act_bits=4, mode='dynamic'"),
+            ({"mode": "dynamic", "act_codes": "even"}, "scale' is unknown"),
+            ({"mode": "dynamic"}, "act_codes='spread' with act_bits=4, mode='dynamic'"),
             ({"mode": "__import__('os')"}, "mode=.*is not supported"),
             ({"version": 2}, "version=2 is not supported"),
             ({"prefix": False}, "prefix_tokens=2 although the scheme has no prefix"),

@@ -24,18 +24,18 @@ class TestSchemes:
         assert tuple(SCHEMES) == ("w4a4kv4", "w4a8kv4", "w8a8kv8", "w4a4kv16")
 
     def test_default_is_w4a4kv4_static_with_prefix_and_rotation(self):
-        expected = PrefixQuantConfig(4, 4, 4, mode="static", prefix=True, rotation=True, o_in="e2m1", version=1)
+        expected = PrefixQuantConfig(4, 4, 4, mode="static", prefix=True, rotation=True, act_codes="spread", version=1)
         assert prefixquant_config() == expected
         # what configurations of before the field meant
-        assert PrefixQuantConfig() == prefixquant_config(o_in="int")
+        assert PrefixQuantConfig() == prefixquant_config(act_codes="even")
 
-    def test_e2m1_is_for_static_scales_and_four_bits(self):
-        assert prefixquant_config("w4a4kv16").o_in == "e2m1"
-        assert prefixquant_config("w4a8kv4").o_in == prefixquant_config(mode="dynamic").o_in == "int"
-        with pytest.raises(ValueError, match="o_in='e2m1' with act_bits=4, mode='dynamic'"):
-            prefixquant_config(mode="dynamic", o_in="e2m1")
-        with pytest.raises(ValueError, match="o_in='e2m1' with act_bits=8"):
-            prefixquant_config("w4a8kv4", o_in="e2m1")
+    def test_spread_codes_are_for_static_scales_and_four_bits(self):
+        assert prefixquant_config("w4a4kv16").act_codes == "spread"
+        assert prefixquant_config("w4a8kv4").act_codes == prefixquant_config(mode="dynamic").act_codes == "even"
+        with pytest.raises(ValueError, match="act_codes='spread' with act_bits=4, mode='dynamic'"):
+            prefixquant_config(mode="dynamic", act_codes="spread")
+        with pytest.raises(ValueError, match="act_codes='spread' with act_bits=8"):
+            prefixquant_config("w4a8kv4", act_codes="spread")
 
     def test_other_fields_are_passed_on(self):
         config = prefixquant_config("w4a8kv4", mode="dynamic", prefix=False, rotation=False)
@@ -119,7 +119,7 @@ class TestJson:
     def test_written_fields(self):
         written = config_to_dict(prefixquant_config())
         fields = {"weight_bits": 4, "act_bits": 4, "kv_bits": 4, "mode": "static", "prefix": True, "rotation": True}
-        assert written == {"_type": "PrefixQuantConfig", "_version": 1, "_data": fields | {"o_in": "e2m1"}}
+        assert written == {"_type": "PrefixQuantConfig", "_version": 1, "_data": fields | {"act_codes": "spread"}}
 
     def test_a_tampered_file_is_refused(self):
         written = config_to_dict(prefixquant_config())

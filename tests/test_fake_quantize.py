@@ -7,13 +7,13 @@ from pq_ao.fake_quantize import fake_quantize
 from pq_ao.ops import code_range, dequantize, quantize
 
 
-@pytest.mark.parametrize(("bits", "e2m1"), [(4, False), (8, False), (4, True)])
-def test_values_are_bit_for_bit_those_of_the_integers(bits, e2m1):
+@pytest.mark.parametrize("bits, codes", [(4, "even"), (8, "even"), (4, "spread"), (4, "wide")])
+def test_values_are_bit_for_bit_those_of_the_integers(bits, codes):
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(1000, 40, generator=generator) * 9
     scale = torch.rand(40, generator=generator) * 2 + 0.05
-    codes = quantize(x, scale, bits, e2m1=e2m1)
-    assert torch.equal(fake_quantize(x, scale, bits, e2m1), dequantize(codes, scale))
+    expected = dequantize(quantize(x, scale, bits, codes=codes), scale)
+    assert torch.equal(fake_quantize(x, scale, bits, codes), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -32,15 +32,17 @@ def test_gradients_are_straight_through_and_lsq(bits):
     torch.testing.assert_close(scale.grad, (expected * weights).sum(), rtol=1e-4, atol=1e-3)
 
 
-def test_gradients_of_e2m1_are_straight_through_and_lsq():
+@pytest.mark.parametrize("codes, low, high", [("spread", -12.5, 11.5), ("wide", -17, 16)])
+def test_gradients_of_uneven_codes_are_straight_through_and_lsq(codes, low, high):
+    """As far as halfway between the last code and one that would follow."""
     scale = torch.tensor(0.37, requires_grad=True)
-    x = (torch.linspace(-20, 20, 101) * 0.37).requires_grad_()
-    out = fake_quantize(x, scale, 4, e2m1=True)
+    x = (torch.linspace(-20, 20, 102) * 0.37).requires_grad_()
+    out = fake_quantize(x, scale, 4, codes)
     out.sum().backward()
-    ratio, codes = x.detach() / 0.37, quantize(x.detach(), scale.detach(), 4, e2m1=True)
-    inside = ratio.abs() < 14  # halfway between the last code and the one that would follow
+    ratio, nearest = x.detach() / 0.37, quantize(x.detach(), scale.detach(), 4, codes=codes)
+    inside = (ratio > low) & (ratio < high)
     assert torch.equal(x.grad, inside.float())
-    expected = torch.where(inside, codes - ratio, codes.float())
+    expected = torch.where(inside, nearest - ratio, nearest.float())
     torch.testing.assert_close(scale.grad, expected.sum(), rtol=1e-4, atol=1e-3)
 
 

@@ -79,7 +79,7 @@ _FIELDS = {
     "tensors_sha256": (_is_sha256, "64 hexadecimal digits"),
 }
 # fields of schemes that came after the first checkpoints of this format -> what their absence means
-_LATER_OF_SCHEMES = {"o_in": "int"}
+_LATER_OF_SCHEMES = {"act_codes": "even"}
 _FIXED = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "untied_head": True, "hint": HINT}
 
 

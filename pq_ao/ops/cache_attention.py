@@ -36,7 +36,7 @@ def cache_attention(
     out_shift: Tensor | None,
     bits: int,
     encoding: torch.dtype,
-    e2m1: bool = False,
+    codes: str = "even",
 ) -> Tensor:
     """softmax(q [k'; k]^T scaling) [v'; v], query l at slot start + l; codes of the result where it has a scale.
 
@@ -56,7 +56,7 @@ def cache_attention(
         out_shift: float32 [H * D], taken off before quantization; None for none.
         bits: of the result's codes.
         encoding: dtype of the codes, int8 or float8_e4m3fn.
-        e2m1: the codes are those of e2m1, see `quantize`.
+        codes: which, see `quantize`.
 
     Returns:
         float32 [B, L, H * D] without `out_scale`, codes [B, L, H * D] with it. A query that sees nothing at all gives
@@ -92,26 +92,26 @@ def cache_attention(
         return out
     if out_shift is not None:
         out = out - out_shift
-    return quantize(out, out_scale, bits, encoding, e2m1)
+    return quantize(out, out_scale, bits, encoding, codes)
 
 
 @cache_attention.register_fake
 def _(query, keys, values, key_scale, value_scale, key_shift, value_shift, prefix_key, prefix_value, start, visible,
-      scaling, out_scale, out_shift, bits, encoding, e2m1=False):  # fmt: skip
+      scaling, out_scale, out_shift, bits, encoding, codes="even"):  # fmt: skip
     batch, queries, heads, head_dim = query.shape
     return query.new_empty(batch, queries, heads * head_dim, dtype=torch.float32 if out_scale is None else encoding)
 
 
 @cache_attention.register_kernel("cuda")
 def _(query, keys, values, key_scale, value_scale, key_shift, value_shift, prefix_key, prefix_value, start, visible,
-      scaling, out_scale, out_shift, bits, encoding, e2m1=False):  # fmt: skip
+      scaling, out_scale, out_shift, bits, encoding, codes="even"):  # fmt: skip
     _check(query, keys, values, prefix_key, visible, scaling)
     from pq_ao.ops.kernels import decode_attention, prefill_attention
 
     rows = query.shape[1] * (query.shape[2] // keys.shape[1])
     kernel = decode_attention if rows <= decode_attention.MAX_ROWS else prefill_attention
     return kernel.launch(query, keys, values, key_scale, value_scale, key_shift, value_shift, prefix_key, prefix_value,
-                         start, visible, scaling, out_scale, out_shift, bits, encoding, e2m1=e2m1)  # fmt: skip
+                         start, visible, scaling, out_scale, out_shift, bits, encoding, codes=codes)  # fmt: skip
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, prefix_key: Tensor, visible: Tensor | None, scaling: float):

@@ -11,22 +11,43 @@ MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 _OFF_THE_EDGE = 1 - 2**-12
 
 
-# Codes of the 4-bit floating point e2m1, times two so that they are whole numbers: 0 1 2 3 4 6 8 12, with either sign.
-# Even steps near zero, twice and four times as wide beyond these magnitudes.
-E2M1_LARGEST, _E2M1_TWICE, _E2M1_FOUR_TIMES = 12, 4, 8
+# Codes of 4 bits whose steps grow away from zero: even steps up to the first number, then these; below zero their
+# mirror images about -1/2, so that all 16 count. "spread" is near what suits a normal distribution best (S. P. Lloyd,
+# IEEE Trans. Inf. Theory 28, 1982), "wide" suits one with longer tails. None is beyond 15: so sums of 128 products with
+# 4-bit weights stay below 2^14, and those of float8 are exact.
+OUTER_CODES: dict[str, tuple[int, ...]] = {"spread": (5, 7, 10), "wide": (3, 5, 7, 10, 14)}
+CODE_SETS = ("even", *OUTER_CODES)
 
 
-def code_range(bits: int, e2m1: bool = False) -> tuple[int, int]:
-    """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits; -12, 12 for e2m1."""
-    if e2m1:
-        return -E2M1_LARGEST, E2M1_LARGEST
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def code_range(bits: int, codes: str = "even") -> tuple[int, int]:
+    """Smallest and largest code: -8, 7 for 4 bits; -128, 127 for 8 bits; of other `CODE_SETS` their own.
+
+    Raises:
+        ValueError: no such codes.
+    """
+    if codes == "even":
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if codes not in OUTER_CODES or bits != 4:
+        raise ValueError(f"codes={codes!r} with bits={bits}; 4 bits take one of {CODE_SETS}, others 'even'.")
+    return -1 - OUTER_CODES[codes][-1], OUTER_CODES[codes][-1]
 
 
-def e2m1_steps(x: Tensor) -> Tensor:
-    """Distance of the codes of e2m1 around x, which is within their range: 1, 2 or 4."""
-    size = x.abs()
-    return 1 + (size >= _E2M1_TWICE) + 2 * (size >= _E2M1_FOUR_TIMES)  # whole numbers, whatever torch's default dtype
+def centre(codes: str) -> float:
+    """Where among these codes the middle of what is quantized belongs, in codes."""
+    return 0.0 if codes == "even" else -0.5
+
+
+def nearest_codes(x: Tensor, codes: str = "even") -> Tensor:
+    """The nearest codes as whole floats, half to even in even steps; past the last code at least one more follows."""
+    if codes == "even":
+        return torch.round(x)
+    last, *outer = OUTER_CODES[codes]
+    nearest = torch.clamp(torch.round(x), -1 - last, last)
+    for code in (*outer, 2 * outer[-1] - outer[-2]):
+        edge, step = (last + code) / 2, code - last
+        nearest = nearest + step * (x > edge).to(x.dtype) - step * (x < -1 - edge).to(x.dtype)
+        last = code
+    return nearest
 
 
 def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
@@ -34,19 +55,13 @@ def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
     return (absmax * (2 / (2**bits - 1))).clamp(floor, MAX_SCALE)
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int8, e2m1: bool = False) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int8, codes: str = "even") -> Tensor:
     """Codes clamp(round(x / scale)); division and half-to-even rounding in float32. `scale` broadcasts.
 
-    `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly. With `e2m1` the nearest code of that,
-    half to even in its steps.
+    `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly. `codes`: which set of `CODE_SETS`.
     """
-    low, high = code_range(bits, e2m1)
-    codes = x.float() / scale
-    if not e2m1:
-        return torch.clamp(torch.round(codes), low, high).to(dtype)
-    codes = torch.clamp(codes, low, high)
-    steps = e2m1_steps(codes)
-    return (torch.round(codes / steps) * steps).to(dtype)
+    low, high = code_range(bits, codes)
+    return torch.clamp(nearest_codes(x.float() / scale, codes), low, high).to(dtype)
 
 
 def row_scale(x: Tensor, clip: Tensor, bits: int) -> Tensor:

@@ -12,7 +12,7 @@ _ENCODINGS = (torch.int8, torch.float8_e4m3fn)
 
 def _check(
     gate_up: Tensor, base: Tensor | None, scale: Tensor | None, clip: Tensor | None, shift: Tensor | None, bits: int,
-    encoding: torch.dtype, in_scale: Tensor | None, in_bias: Tensor | None,
+    encoding: torch.dtype, in_scale: Tensor | None, in_bias: Tensor | None, codes: str,
 ) -> int:  # fmt: skip
     """The width F, or an error."""
     if not gate_up.is_floating_point():
@@ -45,6 +45,8 @@ def _check(
             raise ValueError(
                 "silu_hadamard: clip is given with in_scale; accumulators are quantized with a scale only."
             )
+        if codes != "even":
+            raise ValueError(f"silu_hadamard: clip is given with codes={codes!r}; scales of rows go with 'even'.")
         check_clip("silu_hadamard", "clip", clip, (1,))
     return features
 
@@ -60,15 +62,16 @@ def silu_hadamard(
     encoding: torch.dtype,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
+    codes: str = "even",
 ) -> tuple[Tensor, Tensor]:
     """Codes of R4(silu(gate) * up) - shift, in float32 before the one rounding.
 
     On a GPU sums of R4 are taken in another order, of operands of 16 bits, so that a value near the middle of two codes
     may become either. Many rows of bfloat16 with a static scale and 4 bits are quicker and coarser: operands of R4, and
-    what is exchanged within it, are rounded to float16 (11 bits), sums are float32, and less than 1 code in 200 becomes
-    its neighbour. A silu(gate) * up beyond 3e7 scales is then taken for that, and codes of several such are not to be
-    relied on; of accumulators in_scale and in_bias are rounded to 11 bits as well, for scales between 1e-6 and 1000 and
-    biases up to 1000.
+    what is exchanged within it, are rounded to float16 (11 bits), sums are float32, and less than 1 code in 200 (of
+    "spread" ones, in 140) becomes its neighbour. A silu(gate) * up beyond 3e7 scales is then taken for that, and codes
+    of several such are not to be relied on; of accumulators in_scale and in_bias are rounded to 11 bits as well, for
+    scales between 1e-6 and 1000 and biases up to 1000.
 
     Args:
         gate_up: [..., 2F] floating point, gate first.
@@ -82,6 +85,7 @@ def silu_hadamard(
         in_scale: float32 [2F] if gate_up holds accumulators, which are bfloat16: gate_up * in_scale + in_bias is then
             meant, in float32. Goes with scale, not clip. None if gate_up is as it should be.
         in_bias: float32 [2F] or None; goes with in_scale.
+        codes: which, see `quantize`; others than "even" go with scale, not clip.
 
     Returns:
         codes `encoding` [..., F]; row scales float32 [..., 1] if dynamic, else an empty (0,) tensor.
@@ -95,8 +99,8 @@ def silu_hadamard(
 
         codes, _ = silu_hadamard(gate_up, hadamard_base(14336), scale, None, shift, 4, torch.int8)
     """
-    _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias)
-    return silu_hadamard_plainly(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias)
+    _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, codes)
+    return silu_hadamard_plainly(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, codes)
 
 
 def silu_hadamard_plainly(
@@ -109,6 +113,7 @@ def silu_hadamard_plainly(
     encoding: torch.dtype,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
+    codes: str = "even",
 ) -> tuple[Tensor, Tensor]:
     """`silu_hadamard` in ops of PyTorch, of arguments that were checked."""
     gate, up = scaled(gate_up, in_scale, in_bias).float().chunk(2, dim=-1)
@@ -118,10 +123,8 @@ def silu_hadamard_plainly(
     if shift is not None:
         h = h - shift
     if scale is None:
-        codes, row_scale = quantize_per_row(h, clip, bits)
-    else:
-        codes, row_scale = quantize(h, scale, bits), h.new_empty(0)
-    return codes.to(encoding), row_scale
+        return quantize_per_row(h, clip, bits, encoding)
+    return quantize(h, scale, bits, encoding, codes), h.new_empty(0)
 
 
 def _outputs(gate_up: Tensor, features: int, dynamic: bool, encoding: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -131,18 +134,18 @@ def _outputs(gate_up: Tensor, features: int, dynamic: bool, encoding: torch.dtyp
 
 
 @silu_hadamard.register_fake
-def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None):
+def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None, codes="even"):
     return _outputs(gate_up, gate_up.shape[-1] // 2, scale is None, encoding)
 
 
 @silu_hadamard.register_kernel("cuda")
-def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None):
+def _(gate_up, base, scale, clip, shift, bits, encoding, in_scale=None, in_bias=None, codes="even"):
     from pq_ao.ops.kernels.silu_hadamard import launch
 
-    features = _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias)
-    codes, row_scale = _outputs(gate_up, features, scale is None, encoding)
+    features = _check(gate_up, base, scale, clip, shift, bits, encoding, in_scale, in_bias, codes)
+    out, row_scale = _outputs(gate_up, features, scale is None, encoding)
     launch(
-        gate_up.contiguous(), base, scale, clip, shift, bits, codes.view(-1, features), row_scale, in_scale=in_scale,
-        in_bias=in_bias,
+        gate_up.contiguous(), base, scale, clip, shift, bits, out.view(-1, features), row_scale, in_scale=in_scale,
+        in_bias=in_bias, code_set=codes,
     )  # fmt: skip
-    return codes, row_scale
+    return out, row_scale

@@ -99,17 +99,16 @@ def test_float_caches(stored, floor, tiles):
 
 
 @pytest.mark.parametrize(
-    "bits, encoding, e2m1",
-    [(4, torch.int8, False), (8, torch.int8, False), (4, torch.float8_e4m3fn, False), (4, torch.int8, True),
-     (4, torch.float8_e4m3fn, True)],
+    "bits, encoding, code_set",
+    [(4, torch.int8, "even"), (8, torch.int8, "even"), (4, torch.float8_e4m3fn, "even"), (4, torch.int8, "wide"),
+     (4, torch.float8_e4m3fn, "wide")],
 )  # fmt: skip
-def test_quantized_output(bits, encoding, e2m1, tiles):
+def test_quantized_output(bits, encoding, code_set, tiles):
     case = CacheCase(queries=20, start=4, slots=24, dtype=torch.bfloat16, device=DEVICE)
-    codes = launch(*case.args(bits, encoding), tiles=tiles, e2m1=e2m1).float()
-    expected = cache_attention(*case.args(bits, encoding), e2m1=e2m1).float()
-    # the next code at most: those of e2m1 lie up to 4 apart
-    known = torch.tensor([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12.0], device=DEVICE)
-    if e2m1:
+    codes = launch(*case.args(bits, encoding), tiles=tiles, codes=code_set).float()
+    expected = cache_attention(*case.args(bits, encoding), codes=code_set).float()
+    if code_set != "even":  # the next code at most
+        known = torch.tensor([-15, -11, -8, -6, *range(-4, 4), 5, 7, 10, 14.0], device=DEVICE)
         assert torch.isin(codes, known).all()
         codes, expected = (torch.searchsorted(known, x.contiguous()) for x in (codes, expected))
     assert (codes != expected).float().mean() < 0.02 and (codes - expected).abs().max() <= 1

@@ -21,6 +21,7 @@ from tests.kernels.silu_cases import (
     check_floats,
     make_accumulators,
     make_input,
+    place_of,
     run,
 )
 
@@ -29,16 +30,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # 12 x 16, 20 x 8, 1 x 256, 28 x 64, 44 x 4, 76 x 2 (more than one step of k), 36 x 1, 7 x 2 and 9 x 2 (DCT), 8
 WIDTHS = (192, 160, 256, 1792, 176, 152, 36, 14, 18, 8)
 
+MODES = [(False, "even"), (False, "spread"), (True, "even")]  # dynamic, codes
+
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rotated_floats(width):
     check_floats(make_input(2, width, torch.bfloat16))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, code_set", MODES)
 @pytest.mark.parametrize("width", [192, 256, 152, 14])
-def test_codes(width, dynamic):
-    check_codes(make_input(8, width, torch.bfloat16), dynamic, 4, torch.int8)
+def test_codes(width, dynamic, code_set):
+    check_codes(make_input(8, width, torch.bfloat16), dynamic, 4, torch.int8, code_set=code_set)
 
 
 @pytest.mark.parametrize("tiling", [None, RowsTiling(4, 2)])
@@ -63,7 +66,7 @@ def test_a_mean_does_not_widen_dynamic_scales(tiling):
 def test_other_dtypes_bits_and_encodings(dtype):
     gate_up = make_input(8, 192, dtype)
     check_codes(gate_up, False, 8, torch.int8)
-    check_codes(gate_up, False, 4, torch.float8_e4m3fn)
+    check_codes(gate_up, False, 4, torch.float8_e4m3fn, code_set="spread")
 
 
 @pytest.mark.parametrize(("split", "group"), [(1, 1), (1, 4), (2, 2), (4, 2), (8, 1)])
@@ -98,8 +101,8 @@ ROWS = {  # width: (base order, tiling)
 @pytest.mark.parametrize(("width", "tiling"), ROWS.items())
 def test_many_rows(width, tiling):
     check_floats(make_input(2, width, torch.bfloat16), tiling)
-    for dynamic in (False, True):
-        check_codes(make_input(3, width, torch.float16), dynamic, 4, torch.int8, tiling)
+    for dynamic, code_set in MODES:
+        check_codes(make_input(3, width, torch.float16), dynamic, 4, torch.int8, tiling, code_set=code_set)
     check_codes(make_input(2, width, torch.float32), False, 4, torch.float8_e4m3fn, tiling)
 
 
@@ -118,7 +121,7 @@ def test_widths_of_many_rows():
 @pytest.mark.parametrize(("width", "bias"), [(20 * 64, True), (152, False)])
 def test_accumulators(width, bias):
     gate_up, raw = make_accumulators(2, width, bias)
-    check_codes(gate_up, False, 4, torch.int8, None, raw, shifted=bias)
+    check_codes(gate_up, False, 4, torch.int8, None, raw, shifted=bias, code_set="spread")
     check_floats(gate_up, raw=raw)
 
 
@@ -130,17 +133,18 @@ def test_accumulators_without_a_rotation():
     assert (codes - expected).abs().max() <= 1 and (codes != expected).sum() <= max(1, FLIPPED * codes.numel())
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, code_set", MODES)
 @pytest.mark.parametrize("width", [160, 33])
-def test_without_a_rotation_codes_are_equal(width, dynamic):
+def test_without_a_rotation_codes_are_equal(width, dynamic, code_set):
     gate_up = make_input(3, width, torch.bfloat16)
     scale, clip = (None, torch.tensor([0.85])) if dynamic else (torch.tensor([0.2]), None)
     shift = torch.linspace(-1, 1, width)
-    codes, row_scale = run(gate_up, None, scale, clip, shift, 4, torch.int8)
-    expected, expected_scale = silu_hadamard(gate_up, None, scale, clip, shift, 4, torch.int8)
+    codes, row_scale = run(gate_up, None, scale, clip, shift, 4, torch.int8, code_set=code_set)
+    expected, expected_scale = silu_hadamard(gate_up, None, scale, clip, shift, 4, torch.int8, codes=code_set)
     if dynamic:
         torch.testing.assert_close(row_scale, expected_scale, rtol=1e-6, atol=0)
-    assert (codes - expected).abs().max() <= 1 and (codes != expected).sum() <= max(1, FLIPPED * codes.numel())
+    difference = (place_of(codes, code_set) - place_of(expected, code_set)).abs()
+    assert difference.max() <= 1 and (difference > 0).sum() <= max(1, FLIPPED * codes.numel())
 
 
 @pytest.mark.parametrize("tiling", [None, RowsTiling(4, 2)])

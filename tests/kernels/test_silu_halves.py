@@ -37,15 +37,24 @@ TILINGS = {  # width: tiling
 def test_many_rows(width, tiling):
     gate_up = make_input(2, width)
     check_floats(gate_up, tiling, floor=HALVES_SQNR, scale=SCALE)
-    check_codes(gate_up, False, 4, torch.int8, tiling, flipped=HALVES_FLIPPED)
-    check_codes(gate_up, False, 4, E4M3, tiling, shifted=False, flipped=HALVES_FLIPPED)
+    for code_set in ("even", "spread"):
+        check_codes(gate_up, False, 4, torch.int8, tiling, flipped=HALVES_FLIPPED, code_set=code_set)
+        check_codes(gate_up, False, 4, E4M3, tiling, shifted=False, flipped=HALVES_FLIPPED, code_set=code_set)
 
 
 @pytest.mark.parametrize(("width", "tiling"), TILINGS.items())
 def test_many_rows_of_accumulators(width, tiling):
     gate_up, raw = make_accumulators(2, width)
     check_floats(gate_up, tiling, raw=raw, floor=HALVES_SQNR, scale=SCALE)
-    check_codes(gate_up, False, 4, torch.int8, tiling, raw, flipped=HALVES_FLIPPED)
+    check_codes(gate_up, False, 4, torch.int8, tiling, raw, flipped=HALVES_FLIPPED, code_set="spread")
+
+
+def test_every_spread_code_appears_and_clamps():
+    """Values far beyond both ends, and between all codes."""
+    gate_up = make_input(4, 512)
+    for scale in (0.03, 0.09):
+        check_codes(gate_up, False, 4, torch.int8, SMALL, flipped=HALVES_FLIPPED, scale=scale, code_set="spread")
+        check_codes(gate_up, False, 4, E4M3, SMALL, flipped=HALVES_FLIPPED, scale=scale, code_set="spread")
 
 
 def test_a_base_that_is_not_flat():

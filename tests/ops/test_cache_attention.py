@@ -67,15 +67,15 @@ def test_slots_past_the_text_change_no_bit(stored, scales, queries, start, slots
 
 
 @pytest.mark.parametrize(
-    "bits, encoding, e2m1",
-    [(4, torch.int8, False), (8, torch.int8, False), (4, torch.float8_e4m3fn, False), (4, torch.int8, True),
-     (4, torch.float8_e4m3fn, True)],
+    "bits, encoding, code_set",
+    [(4, torch.int8, "even"), (8, torch.int8, "even"), (4, torch.float8_e4m3fn, "even"), (4, torch.int8, "wide"),
+     (4, torch.float8_e4m3fn, "wide")],
 )  # fmt: skip
-def test_quantized_output(bits, encoding, e2m1):
+def test_quantized_output(bits, encoding, code_set):
     case = CacheCase(queries=2)
-    codes = cache_attention(*case.args(bits, encoding), e2m1=e2m1)
+    codes = cache_attention(*case.args(bits, encoding), codes=code_set)
     assert codes.dtype == encoding
-    expected = quantize(cache_attention(*case.args()) - case.out_shift, case.out_scale, bits, e2m1=e2m1)
+    expected = quantize(cache_attention(*case.args()) - case.out_shift, case.out_scale, bits, codes=code_set)
     assert torch.equal(codes.to(torch.int8), expected)
 
 

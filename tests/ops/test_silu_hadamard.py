@@ -19,26 +19,27 @@ def random_gate_up(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def make_quantizer(width: int, mode: str) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(prefixquant_config(mode=mode), width, torch.device("cpu"))
+def make_quantizer(width: int, mode: str, codes: str = "even") -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(prefixquant_config(mode=mode), width, torch.device("cpu"), codes)
     (quantizer.clip if quantizer.dynamic else quantizer.scale).fill_(0.7 if quantizer.dynamic else 0.3)
     quantizer.shift.copy_(torch.linspace(-1, 1, width))
     return quantizer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("mode, codes", [("static", "even"), ("static", "spread"), ("dynamic", "even")])
 @pytest.mark.parametrize("rotation", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_equals_separate_operators(width, rotation, mode, dtype):
+def test_equals_separate_operators(width, rotation, mode, codes, dtype):
     gate_up = random_gate_up(2, 3, 2 * width, dtype=dtype)
     base = hadamard_base(width) if rotation else None
-    quantizer = make_quantizer(width, mode)
+    quantizer = make_quantizer(width, mode, codes)
     gate, up = gate_up.float().chunk(2, dim=-1)
     h = ACT2FN["silu"](gate) * up
     expected, expected_scale = quantizer.codes(hadamard(h, base) if rotation else h)
-    codes, row_scale = silu_hadamard(gate_up, base, quantizer.scale, quantizer.clip, quantizer.shift, 4, torch.int8)
-    assert codes.dtype == torch.int8 and torch.equal(codes, expected)
+    site = (quantizer.scale, quantizer.clip, quantizer.shift)
+    found, row_scale = silu_hadamard(gate_up, base, *site, 4, torch.int8, codes=codes)
+    assert found.dtype == torch.int8 and torch.equal(found, expected)
     if mode == "dynamic":
         assert torch.equal(row_scale, expected_scale)
     else:

@@ -193,7 +193,7 @@ def launch(
     bits: int,
     encoding: torch.dtype,
     tiles: Tiles | None = None,
-    e2m1: bool = False,
+    codes: str = "even",
 ) -> Tensor:
     """`pq_ao::cache_attention` for at most `MAX_ROWS` query heads x queries a KV head; arguments as there.
 
@@ -230,7 +230,7 @@ def launch(
         batch, queries, heads * head_dim, dtype=torch.float32 if out_scale is None else encoding, device=query.device
     )
     scratch = torch.empty(batch * groups * parts * rows * (2 + head_dim), dtype=torch.float32, device=query.device)
-    low, high = code_range(bits, e2m1)
+    low, high = code_range(bits, codes)
     early = tiles.early and launches_early(query.device)
     options = launch_options(early) | ({} if tiles.registers is None else {"maxnreg": tiles.registers})
     decode_kernel[(batch * groups * parts,)](

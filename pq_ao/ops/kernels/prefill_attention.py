@@ -290,7 +290,7 @@ def launch(
     bits: int,
     encoding: torch.dtype,
     tiles: Tiles | None = None,
-    e2m1: bool = False,
+    codes: str = "even",
 ) -> Tensor:
     """`pq_ao::cache_attention` for any number of queries; arguments as there.
 
@@ -315,7 +315,7 @@ def launch(
         batch, queries, heads * head_dim, dtype=torch.float32 if out_scale is None else encoding, device=query.device
     )
     scratch = torch.empty(2, at_once, total, head_dim, dtype=kind, device=query.device)
-    low, high = code_range(bits, e2m1)
+    low, high = code_range(bits, codes)
     for first_owner in range(0, batch * groups, at_once):
         owners = min(at_once, batch * groups - first_owner)
         wide = (scratch[0, :owners], scratch[1, :owners])

@@ -289,6 +289,7 @@ def launch(
     tiling: Tiling | RowsTiling | HalvesTiling | None = None,
     in_scale: Tensor | None = None,
     in_bias: Tensor | None = None,
+    code_set: str = "even",
 ) -> None:
     """Fills `codes` [M, F] and, if `clip` is given, `row_scale` [M] from gate_up [M, 2F], all contiguous.
 
@@ -297,7 +298,7 @@ def launch(
     rows, features = codes.shape
     if rows == 0:
         return
-    low, high = code_range(bits)
+    low, high = code_range(bits, code_set)
     dynamic = clip is not None
     constants = {"F": features, "DYNAMIC": dynamic, "LOW": low, "HIGH": high}
     if base is None:
@@ -314,7 +315,7 @@ def launch(
     tensors = (gate_up, in_scale, in_bias, base, scale, clip, shift, codes, row_scale)
     if isinstance(tiling, HalvesTiling):
         assert halves
-        launch_halves(gate_up, base, scale, shift, codes, tiling, in_scale, in_bias)
+        launch_halves(gate_up, base, scale, shift, codes, tiling, in_scale, in_bias, code_set)
         return
     constants |= {"BASE": order, "FLAT": has_hadamard_matrix(order)}
     if isinstance(tiling, RowsTiling):

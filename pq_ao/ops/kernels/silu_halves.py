@@ -16,24 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.hadamard import hadamard_entry, stack, unstack, walsh_sign
-from pq_ao.ops.kernels.halves import (
-    dot_half,
-    four_codes,
-    half_butterflies,
-    half_codes,
-    halves,
-    times_plus,
-    to_half,
-    word,
-)
+from pq_ao.ops.kernels.half_codes import four_codes, half_codes
+from pq_ao.ops.kernels.halves import dot_half, half_butterflies, halves, times_plus, to_half, word
 from pq_ao.ops.kernels.silu_parts import prefetch, sigmoid_over
 from pq_ao.ops.kernels.silu_rows import ManyRowsTiling, choose_rows_tiling, load_tiles, widen
 from pq_ao.ops.kernels.workspace import multiprocessors
+from pq_ao.ops.quantize import code_range
 
 _ROWS = tl.constexpr(16)  # of the base, that are exchanged together
-_LOW = tl.constexpr(-8)  # the codes
-_SPAN = tl.constexpr(15)
-_ZERO = tl.constexpr(8 / 15)  # where in the range of codes 0 is
 _FACTOR = tl.constexpr(64.0)  # of scales and biases, so that float16 holds scales from 1e-6 to 1000 in 11 bits
 
 
@@ -47,6 +37,8 @@ def silu_tables_kernel(
     factors_ptr,  # words [2F]: in_scale and in_bias, times _FACTOR
     F: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
 ):
     """What is the same for all rows, in float16."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -62,8 +54,9 @@ def silu_tables_kernel(
     if shift_ptr is not None:
         low = tl.load(shift_ptr + 2 * i, mask=mask, other=0.0)
         high = tl.load(shift_ptr + 2 * i + 1, mask=mask, other=0.0)
-    part = -1.0 / (tl.load(scale_ptr) * _SPAN)
-    tl.store(offsets_ptr + i, word(low * part + _ZERO, high * part + _ZERO), mask=mask)
+    part = -1.0 / (tl.load(scale_ptr) * (HIGH - LOW))
+    ZERO: tl.constexpr = -LOW / (HIGH - LOW)  # where in the range of codes 0 is
+    tl.store(offsets_ptr + i, word(low * part + ZERO, high * part + ZERO), mask=mask)
 
 
 @triton.jit
@@ -110,7 +103,9 @@ def _load_offsets(ptr, place, row, FIRST: tl.constexpr, K: tl.constexpr, LENGTH:
 
 
 @triton.jit
-def _store(y, offsets, scale, ptr, place, mask, W: tl.constexpr, UNIT: tl.constexpr):
+def _store(
+    y, offsets, scale, ptr, place, mask, W: tl.constexpr, UNIT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
+):
     """Codes of words y, UNIT of them at each place."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     for w in tl.static_range(W):
@@ -118,16 +113,16 @@ def _store(y, offsets, scale, ptr, place, mask, W: tl.constexpr, UNIT: tl.conste
         if dtype == tl.float32:  # for tests
             low, high = halves(y[w])
             low_offset, high_offset = halves(offsets[w])
-            low = ((low.to(tl.float32) + low_offset.to(tl.float32)) * _SPAN + _LOW) * scale
-            high = ((high.to(tl.float32) + high_offset.to(tl.float32)) * _SPAN + _LOW) * scale
+            low = ((low.to(tl.float32) + low_offset.to(tl.float32)) * (HIGH - LOW) + LOW) * scale
+            high = ((high.to(tl.float32) + high_offset.to(tl.float32)) * (HIGH - LOW) + LOW) * scale
             tl.store(ptr + 2 * at, low, mask=mask)
             tl.store(ptr + (2 * at + 1), high, mask=mask)
         else:
-            codes = half_codes(y[w], offsets[w], dtype)
+            codes = half_codes(y[w], offsets[w], dtype, LOW, HIGH)
             if UNIT == 2:
-                four = four_codes(codes, codes, dtype).to(tl.int16)
+                four = four_codes(codes, codes, dtype, HIGH).to(tl.int16)
             else:
-                four = four_codes(*tl.split(tl.reshape(codes, (4, 8, W, codes.shape[3] // 2, 2))), dtype)
+                four = four_codes(*tl.split(tl.reshape(codes, (4, 8, W, codes.shape[3] // 2, 2))), dtype, HIGH)
             tl.store(ptr.to(tl.pointer_type(four.dtype), bitcast=True) + at, four, mask=mask)
 
 
@@ -146,13 +141,15 @@ def silu_halves_kernel(
     W: tl.constexpr,
     SPLIT: tl.constexpr,  # 2 or 4 parts of the eight j, that butterflies do
     EARLY: tl.constexpr,  # tiles of the next row that are loaded amid a row
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
 ):
     K: tl.constexpr = BASE * FOLD
     LENGTH: tl.constexpr = 64 * W
     TILES: tl.constexpr = K // 4
     J: tl.constexpr = 8 // SPLIT
     N: tl.constexpr = 8 * J
-    WIDTH: tl.constexpr = _SPAN * F**0.5 * (1.0 if factors_ptr is None else _FACTOR * _FACTOR)
+    WIDTH: tl.constexpr = (HIGH - LOW) * F**0.5 * (1.0 if factors_ptr is None else _FACTOR * _FACTOR)
     scale = tl.load(scale_ptr)
     divisor = scale * WIDTH
     base = _base_halves(base_ptr, K, BASE, FOLD, W)
@@ -228,7 +225,7 @@ def silu_halves_kernel(
                 mask = None
                 if K - half * _ROWS < _ROWS:
                     mask = row_out < K - half * _ROWS
-                _store(y, offsets, scale, codes_ptr + row * F, place, mask, W, UNIT)
+                _store(y, offsets, scale, codes_ptr + row * F, place, mask, W, UNIT, LOW, HIGH)
 
 
 @dataclass(frozen=True)
@@ -261,20 +258,33 @@ def launch_halves(
     tiling: HalvesTiling,
     in_scale: Tensor | None,
     in_bias: Tensor | None,
+    code_set: str,
 ) -> None:
     """Fills `codes` [M, F] from gate_up bfloat16 [M, 2F]; the others are as the op's."""
     rows, features = codes.shape
     assert features == base.shape[0] * tiling.fold * 64 * tiling.warps
     if gate_up.data_ptr() % 4:  # a view, whose bfloat16 are no whole words
         gate_up = gate_up.clone()
+    low, high = code_range(4, code_set)
     offsets = torch.empty(features // 2, dtype=torch.int32, device=gate_up.device)
     factors, elements = None, features // 2
     if in_scale is not None:
         factors, elements = torch.empty(2 * features, dtype=torch.int32, device=gate_up.device), 2 * features
     silu_tables_kernel[(triton.cdiv(elements, _BLOCK),)](
-        shift, scale, in_scale, in_bias, offsets, factors, F=features, BLOCK=_BLOCK
+        shift, scale, in_scale, in_bias, offsets, factors, F=features, BLOCK=_BLOCK, LOW=low, HIGH=high
     )
     programs = min(rows, tiling.programs * multiprocessors(gate_up.device))
     silu_halves_kernel[(programs,)](
-        gate_up, factors, base, scale, offsets, codes, rows, F=features, BASE=base.shape[0], **tiling.options()
+        gate_up,
+        factors,
+        base,
+        scale,
+        offsets,
+        codes,
+        rows,
+        F=features,
+        BASE=base.shape[0],
+        LOW=low,
+        HIGH=high,
+        **tiling.options(),
     )

@@ -24,10 +24,10 @@ _WALK = Tiles(warps=1, slots=64, stages=3, splits=2)
 
 def _specimen(
     name, types, stored, tiles, *, out="i8", queries=1, repeat=4, head_dim=128, codes=False, per_token=False,
-    prefix=True, even=True, early=False, e2m1=False, minimum_arch=80,
+    prefix=True, even=True, early=False, codes_of="even", minimum_arch=80,
 ):  # fmt: skip
     word, bits, planes = stored
-    words, (low, high) = head_dim // planes, code_range(4, e2m1)
+    words, (low, high) = head_dim // planes, code_range(4, codes_of)
     types = _COMMON | types | {"keys_ptr": f"*{word}", "values_ptr": f"*{word}", "out_ptr": f"*{out}"}
     constants = {
         **{pointer: None for pointer in _POINTERS if pointer not in types},
@@ -46,8 +46,8 @@ def _specimen(
 
 
 SPECIMENS = [
-    _specimen("int4", _STATIC, _INT4, _CODES, codes=True, early=True, e2m1=True, minimum_arch=90),
-    _specimen("int4, many heads", _STATIC, _INT4, _MANY, codes=True, e2m1=True),
+    _specimen("int4", _STATIC, _INT4, _CODES, codes=True, early=True, codes_of="wide", minimum_arch=90),
+    _specimen("int4, many heads", _STATIC, _INT4, _MANY, codes=True, codes_of="wide"),
     _specimen("int4, one part", _STATIC, _INT4, _MANY._replace(splits=1), codes=True),
     _specimen("int4, no prefix", _STATIC, _INT4, _CODES, codes=True, prefix=False),
     _specimen(

@@ -49,10 +49,10 @@ def _operands(name, word, kind, bits, planes, words):
 
 
 SPECIMENS = [
-    _prefill("static", _STATIC, LOW=-12, HIGH=12),
+    _prefill("static", _STATIC, LOW=-15, HIGH=14),
     _prefill("per token", _PER_TOKEN, out="fp32", PER_TOKEN=True),
     _prefill("floats", {}, out="fp32"),
-    _prefill("by pointers", _STATIC, rows=128, warps=8, tma=False, LOW=-12, HIGH=12),
+    _prefill("by pointers", _STATIC, rows=128, warps=8, tma=False, LOW=-15, HIGH=14),
     _prefill("by pointers, per token", _PER_TOKEN, out="fp32", rows=128, warps=8, tma=False, PER_TOKEN=True),
     _prefill("float32", {}, kind="fp32", out="fp32", rows=64, tile=32, tma=False, STAGES=2),
     _operands("int4", "u8", "bf16", 4, 2, 64),

@@ -1,5 +1,6 @@
 """silu_hadamard at the widths of Llama-3-8B (28 * 512), Llama-2-7B (172 * 64) and of a power of two."""
 
+from pq_ao.ops import code_range
 from pq_ao.ops.kernels.silu_hadamard import choose_tiling, silu_hadamard_kernel, silu_quantize_kernel
 from pq_ao.ops.kernels.silu_halves import HalvesTiling, silu_halves_kernel, silu_tables_kernel
 from pq_ao.ops.kernels.silu_rows import RowsTiling, silu_rows_kernel
@@ -13,18 +14,19 @@ _MODES = {False: ("scale_ptr", "clip_ptr"), True: ("clip_ptr", "scale_ptr")}  # 
 
 def _specimen(
     name: str, features: int, order: int, rows: int, codes: str = "i8", dynamic: bool = False, flat: bool = True,
-    raw: bool = False, early: bool = False, bits: int = 4,
+    raw: bool = False, early: bool = False, bits: int = 4, even: bool = False,
 ) -> Specimen:  # fmt: skip
     """As the launcher would choose it for that many rows."""
     tiling = choose_tiling(features, order, rows, dynamic, raw, halves=bits == 4 and not dynamic)
     used, unused = _MODES[dynamic]
     types = _TYPES | {used: "*fp32", "codes_ptr": f"*{codes}", "base_ptr": "*fp32"}
+    low, high = code_range(4, "even" if even or dynamic or bits == 8 else "spread")
     constants = {
-        "F": features, "BASE": order, "FOLD": tiling.fold, "FLAT": flat, "DYNAMIC": dynamic, "LOW": -8,
-        "HIGH": 7, unused: None,
+        "F": features, "BASE": order, "FOLD": tiling.fold, "FLAT": flat, "DYNAMIC": dynamic, "LOW": low,
+        "HIGH": high, unused: None,
     }  # fmt: skip
     if isinstance(tiling, HalvesTiling):
-        return _halves(name, features, order, tiling, codes, raw)
+        return _halves(name, features, order, tiling, codes, raw, low, high)
     if raw:
         types |= _ACCUMULATORS
     elif not isinstance(tiling, RowsTiling):
@@ -48,9 +50,12 @@ def _specimen(
     )  # fmt: skip
 
 
-def _halves(name: str, features: int, order: int, tiling: HalvesTiling, codes: str, raw: bool) -> Specimen:
+def _halves(
+    name: str, features: int, order: int, tiling: HalvesTiling, codes: str, raw: bool, low: int, high: int
+) -> Specimen:
     options = tiling.options()
-    constants = {"F": features, "BASE": order} | {key: options.pop(key) for key in tuple(options) if key.isupper()}
+    constants = {"F": features, "BASE": order, "LOW": low, "HIGH": high}
+    constants |= {key: options.pop(key) for key in tuple(options) if key.isupper()}
     types = {
         "gate_up_ptr": "*bf16", "base_ptr": "*fp32", "scale_ptr": "*fp32", "offsets_ptr": "*i32",
         "codes_ptr": f"*{codes}",
@@ -67,7 +72,7 @@ def _halves(name: str, features: int, order: int, tiling: HalvesTiling, codes: s
 
 def _tables(name: str, raw: bool, shifted: bool) -> Specimen:
     types = {"scale_ptr": "*fp32", "offsets_ptr": "*i32"} | ({"shift_ptr": "*fp32"} if shifted else {})
-    constants = {"F": 14336, "BLOCK": 256} | ({} if shifted else {"shift_ptr": None})
+    constants = {"F": 14336, "BLOCK": 256, "LOW": -11, "HIGH": 10} | ({} if shifted else {"shift_ptr": None})
     if raw:
         types |= _ACCUMULATORS | {"factors_ptr": "*i32"}
     else:
@@ -78,8 +83,8 @@ def _tables(name: str, raw: bool, shifted: bool) -> Specimen:
 def _unrotated(name: str, dynamic: bool) -> Specimen:
     used, unused = _MODES[dynamic]
     constants = {
-        "F": 14336, "BLOCK": 16384 if dynamic else 2048, "DYNAMIC": dynamic, "LOW": -8, "HIGH": 7, "EARLY": False,
-        unused: None,
+        "F": 14336, "BLOCK": 16384 if dynamic else 2048, "DYNAMIC": dynamic, "EARLY": False, unused: None,
+        "LOW": -8 if dynamic else -11, "HIGH": 7 if dynamic else 10,
     }  # fmt: skip
     return Specimen(
         name, silu_quantize_kernel, _TYPES | {used: "*fp32", "codes_ptr": "*i8"}, constants | _NO_ACCUMULATORS,
@@ -92,6 +97,8 @@ SPECIMENS = [
     _specimen("14336 decode, early", 14336, 28, 1, early=True),
     _specimen("14336 decode, accumulators", 14336, 28, 1, raw=True),
     _specimen("14336 prefill", 14336, 28, 8192),
+    _specimen("14336 prefill, even codes", 14336, 28, 8192, even=True),
+    _specimen("14336 prefill, even codes, float8", 14336, 28, 8192, codes="fp8e4nv", even=True),
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators, float8", 14336, 28, 8192, codes="fp8e4nv", raw=True),
     _specimen("28672 prefill", 28672, 28, 8192),
