@@ -5,21 +5,32 @@ import triton
 import triton.language as tl
 
 from pq_ao.ops.kernels.halves import halves
-from pq_ao.ops.kernels.interpret import INTERPRETED, nearest_code, outer_count
-from pq_ao.ops.quantize import OUTER_CODES, code_range
+from pq_ao.ops.kernels.interpret import INTERPRETED, LARGEST_SPREAD, nearest_code
+from pq_ao.ops.quantize import OUTER_CODES
 
 
-@triton.constexpr_function
-def _table(high, dtype, first):
-    """Four codes that follow each other, the lowest at 0, as the bytes of a word."""
-    _, last = code_range(4, "spread")
-    assert high == last, f"no instructions for codes up to {high}"
+def _words(dtype: torch.dtype) -> list[int]:
+    """The codes called "spread", four a word, the lowest first in the first one."""
     even, *outer = OUTER_CODES["spread"]
-    positive = (*range(even + 1), *outer)
-    codes = torch.tensor([*(-1 - code for code in reversed(positive)), *positive])
-    codes = codes.to(torch.float8_e4m3fn).view(torch.uint8) if dtype == tl.float8e4nv else codes
-    word = sum((code & 0xFF) << (8 * i) for i, code in enumerate(codes[first : first + 4].tolist()))
-    return word - (word >> 31 << 32)  # as an int32
+    upper = (*range(even + 1), *outer)
+    codes = torch.tensor([*(-1 - code for code in reversed(upper)), *upper]).to(dtype)
+    return codes.view(torch.uint8).view(torch.int32).tolist()
+
+
+_INT8_0, _INT8_4, _INT8_8, _INT8_12 = (tl.constexpr(word) for word in _words(torch.int8))
+_FLOAT8_0, _FLOAT8_4, _FLOAT8_8, _FLOAT8_12 = (tl.constexpr(word) for word in _words(torch.float8_e4m3fn))
+
+
+@triton.jit
+def _look_up(first, second, codes_0, codes_4, codes_8, codes_12):
+    """Codes of places, which are made half bytes of a selector; it looks below the ninth and from there on."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 w, s, a, b, m, z; mov.b32 z, 0; prmt.b32 w, $1, $2, 0x6420;"
+        " shr.u32 s, w, 4; or.b32 s, s, w; prmt.b32 s, s, z, 0x4420; and.b32 s, s, 0x7777;"
+        " prmt.b32 a, $3, $4, s; prmt.b32 b, $5, $6, s;"
+        " shl.b32 m, w, 4; prmt.b32 m, m, z, 0xBA98; lop3.b32 $0, b, a, m, 0xE4; }",
+        "=r,r,r,r,r,r,r", [first, second, codes_0, codes_4, codes_8, codes_12], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -35,7 +46,7 @@ def half_codes(y, offsets, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.cons
         a = _code(a.to(tl.float32) + c.to(tl.float32), dtype, LOW, HIGH)
         b = _code(b.to(tl.float32) + d.to(tl.float32), dtype, LOW, HIGH)
         return a | (b << 8)
-    if outer_count(HIGH) > 0:
+    if HIGH == LARGEST_SPREAD:
         # Places are piecewise linear in codes: of slope 1/3 to the second one, 1/2 to the third, then 1, and so back.
         # By t = y + offsets these pieces are 7t, 10.5t - 0.5, 21t - 3, 10.5t + 5 and 7t + 8. Adding 1024 rounds.
         x = tl.inline_asm_elementwise(
@@ -79,19 +90,11 @@ def four_codes(first, second, dtype: tl.constexpr, HIGH: tl.constexpr):
     """Two results of `half_codes` as a word of four codes."""
     if INTERPRETED:
         return (first & 0xFFFF) | (second << 16)
-    if outer_count(HIGH) > 0:
-        # places as four half bytes of a selector, which looks codes up below the ninth place and from there on
-        x = tl.inline_asm_elementwise(
-            "{ .reg .b32 w, s, a, b, m, z; mov.b32 z, 0; prmt.b32 w, $1, $2, 0x6420;"
-            " shr.u32 s, w, 4; or.b32 s, s, w; prmt.b32 s, s, z, 0x4420; and.b32 s, s, 0x7777;"
-            " prmt.b32 a, $3, $4, s; prmt.b32 b, $5, $6, s;"
-            " shl.b32 m, w, 4; prmt.b32 m, m, z, 0xBA98; lop3.b32 $0, b, a, m, 0xE4; }",
-            "=r,r,r,r,r,r,r",
-            [first, second, _table(HIGH, dtype, 0), _table(HIGH, dtype, 4), _table(HIGH, dtype, 8),
-             _table(HIGH, dtype, 12)],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif dtype == tl.int8:
+    if HIGH == LARGEST_SPREAD:
+        if dtype == tl.int8:
+            return _look_up(first, second, _INT8_0, _INT8_4, _INT8_8, _INT8_12)
+        return _look_up(first, second, _FLOAT8_0, _FLOAT8_4, _FLOAT8_8, _FLOAT8_12)
+    if dtype == tl.int8:
         x = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
         )

@@ -11,32 +11,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ROUNDER = tl.constexpr(12582912.0)
 
 
-@triton.constexpr_function
-def outer_codes(high):
-    """Of the codes whose largest is `high`: where even steps end, and what follows; none if they never end."""
-    return next((codes for codes in OUTER_CODES.values() if codes[-1] == high), ())
-
-
-@triton.constexpr_function
-def outer_count(high):
-    """Number of codes that `outer_codes` has behind the even ones."""
-    return max(0, len(outer_codes.fn(high)) - 1)
-
-
-@triton.constexpr_function
-def _last_even(high):
-    return float(outer_codes.fn(high)[0])
-
-
-@triton.constexpr_function
-def _edge(high, i):
-    return sum(outer_codes.fn(high)[i : i + 2]) / 2
-
-
-@triton.constexpr_function
-def _step(high, i):
-    codes = outer_codes.fn(high)
-    return float(codes[i + 1] - codes[i])
+_SPREAD = tl.constexpr(OUTER_CODES["spread"])
+_WIDE = tl.constexpr(OUTER_CODES["wide"])
+LARGEST_SPREAD = tl.constexpr(OUTER_CODES["spread"][-1])
+_LARGEST_WIDE = tl.constexpr(OUTER_CODES["wide"][-1])
 
 
 @triton.jit
@@ -46,16 +24,30 @@ def round_half_even(x):
 
 
 @triton.jit
+def is_even(high: tl.constexpr):
+    """Whether the codes whose largest is `high` have even steps."""
+    return high != LARGEST_SPREAD and high != _LARGEST_WIDE
+
+
+@triton.jit
+def _outer_codes(x, outer: tl.constexpr, COUNT: tl.constexpr):
+    last: tl.constexpr = outer[0]
+    code = round_half_even(tl.minimum(tl.maximum(x, -1.0 - last), last))
+    for i in tl.static_range(1, COUNT):
+        code += tl.where(x > (outer[i - 1] + outer[i]) / 2, 1.0 * (outer[i] - outer[i - 1]), 0.0)
+        code -= tl.where(x < -1 - (outer[i - 1] + outer[i]) / 2, 1.0 * (outer[i] - outer[i - 1]), 0.0)
+    return code
+
+
+@triton.jit
 def nearest_code(x, low: tl.constexpr, high: tl.constexpr):
     """The code nearest to a float32 quotient, as a whole float; the range says of which codes."""
-    if outer_count(high) == 0:
-        # clamping to whole numbers first changes no code, and keeps the rounding in its range
-        return round_half_even(tl.minimum(tl.maximum(x, low), high))
-    code = round_half_even(tl.minimum(tl.maximum(x, -1.0 - _last_even(high)), _last_even(high)))
-    for i in tl.static_range(outer_count(high)):
-        code += tl.where(x > _edge(high, i), _step(high, i), 0.0)
-        code -= tl.where(x < -1.0 - _edge(high, i), _step(high, i), 0.0)
-    return code
+    if high == LARGEST_SPREAD:
+        return _outer_codes(x, _SPREAD, 3)
+    if high == _LARGEST_WIDE:
+        return _outer_codes(x, _WIDE, 5)
+    # clamping to whole numbers first changes no code, and keeps the rounding in its range
+    return round_half_even(tl.minimum(tl.maximum(x, low), high))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.interpret import INTERPRETED, nearest_code, outer_count
+from pq_ao.ops.kernels.interpret import INTERPRETED, is_even, nearest_code
 from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
 
 # the number whose last bits, once it is added, are the rounded integer
@@ -45,7 +45,7 @@ def _saturated(x, factor, offset):
 @triton.jit
 def saturated_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """`to_codes` in two instructions, for sums: a y halfway between two codes may become either."""
-    if dtype == tl.float32 or outer_count(HIGH) > 0:
+    if dtype == tl.float32 or not is_even(HIGH):
         return to_codes(y, scale, dtype, LOW, HIGH)
     SPAN: tl.constexpr = HIGH - LOW
     part = _saturated(y, 1.0 / (scale * SPAN), -LOW / SPAN)
@@ -57,7 +57,7 @@ def to_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexp
     """y quantized, as `dtype`; float32 stands for y as it is."""
     if dtype == tl.float32:
         return y
-    if outer_count(HIGH) > 0:
+    if not is_even(HIGH):
         return nearest_code(y * (1.0 / scale), LOW, HIGH).to(dtype)
     # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
     # Clamping before the product leaves the product and the rounding to one instruction.
