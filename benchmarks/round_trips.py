@@ -3,8 +3,8 @@
 A cell is one way to save and one way to run. It holds if the model that comes back has every integer and scale of the
 one that was saved, and greedy decoding gives the same logits at every step and the same codes in the cache as the
 original does on that way, and as eager does; Inductor is told to round and to divide as eager does. On a GPU, the
-decode of an exported program is timed against the model's in the same process. Beside the cells stands what the folder
-costs: its bytes, and time and memory of loading.
+decode of an exported program is timed against the model's in the same process, and perplexity is compared with the
+CPU's. Beside the cells stands what the folder costs: its bytes, and time and memory of loading.
 """
 
 import argparse
@@ -25,19 +25,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import pq_ao
 from benchmarks.command import command_line, described, positive
+from benchmarks.devices import compare_devices
 from benchmarks.loading import cost_of_loading
 from benchmarks.model_source import model_folder, model_name
 from benchmarks.results_file import RESULTS, Results, ResultsFile, Row
 from benchmarks.timing import step_ms
 from benchmarks.ways import SAVES, WAYS, Outcome, Runner, integers_of, reloaded
 from pq_ao.checkpoint.config import QUANT_METHOD
+from pq_ao.data import load_text, token_ids
 from pq_ao.exported import load_exported
 from recipes.models import quantized_by
 from recipes.terminal import columns
 
 BENCHMARK = "round_trips"
 
-PARTS = ("cells", "decode")
+PARTS = ("cells", "decode", "devices")
 _ORIGINAL = "original"
 _LEAD = 4  # untimed steps: they compile and record
 
@@ -93,6 +95,8 @@ class RoundTrips:
             self._cells()
         if "decode" in self.options.parts:
             self._decode()
+        if "devices" in self.options.parts:
+            self._devices()
 
     def _cells(self) -> None:
         """All cells, and what the folders cost."""
@@ -171,6 +175,12 @@ class RoundTrips:
             skips = counters["inductor"]["cudagraph_skips"] - skipped  # other than 0: one ran without
             self._keep(row | {"ratio": exported_ms / model_ms, "context": length, "cudagraph_skips": skips})
 
+    def _devices(self) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(self.options.model))
+        ids = token_ids(tokenizer, load_text(self.options.corpus, "test"))
+        devices = (self.options.device, "cpu")
+        self._keep(compare_devices(self.model, ids, devices, self.options.windows, self.options.window_length))
+
     def _decode_ms(self, decoder: "pq_ao.ExportedDecoder | pq_ao.GenerationEngine | CompiledStep") -> float:
         token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
 
@@ -202,6 +212,11 @@ def _line(row: Row) -> str:
         return (
             f"decode, CUDA graph by {row['by']}: exported {row['exported_ms']:.3f} ms a token, model "
             f"{row['model_ms']:.3f} ms; ratio {row['ratio']:.3f}"
+        )
+    if row["what"] == "devices":
+        return (
+            f"perplexity of {row['windows']} windows: {row['ppl'][0]:.4f} on {row['devices'][0]}, {row['ppl'][1]:.4f} "
+            f"on {row['devices'][1]}; ratio {row['ratio']:.5f}, standard error {row['standard_error']:.5f}"
         )
     cell = f"{row['way']} x {row['save']}"
     if "error" in row:
@@ -255,7 +270,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ways = [way for way in WAYS if way != "aoti" or not on_gpu]
     add("--model", help="a checkpoint, or a model to calibrate briefly; SmolLM2-135M-Instruct by default")
     add("--device", default="cuda" if on_gpu else "cpu")
-    add("--parts", nargs="+", choices=PARTS, help="all by default; decode, the timed one, is for GPUs")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="all by default; decode, which is timed, and devices, which compares a GPU with the CPU, are for GPUs",
+    )
     add("--saves", nargs="+", choices=SAVES, default=list(SAVES))
     add("--ways", nargs="+", choices=WAYS, default=ways, help="aoti is for CPUs")
     add("--prompt-tokens", type=positive, default=24, help="drawn at random")
@@ -264,12 +284,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-sequences", type=positive, default=8, help="of a brief calibration")
     add("--sequence-length", type=positive, default=128)
     add("--repeats", type=positive, default=7, help="of the timed decode")
+    add("--corpus", default="wikitext2", help="of the comparison of devices: a file or a name, its test part")
+    add("--windows", type=positive, default=40, help="of that comparison")
+    add("--window-length", type=positive, default=2048)
     add("--output", default=str(RESULTS), help="folder of the results")
     options = parser.parse_args(arguments)
     known = PARTS if options.device.startswith("cuda") else PARTS[:1]
     options.parts = options.parts or known
     if not set(options.parts) <= set(known):
-        parser.error(f"--parts decode: times CUDA graphs; leave it out with --device {options.device}")
+        parser.error(f"--parts decode, devices: need a GPU; leave them out with --device {options.device}")
     return options
 
 

@@ -43,6 +43,7 @@ def _table(title: str, rows: Sequence[Row]) -> str:
     ]
     notes = [_folder(row) for row in rows if row["what"] == "folder"]
     notes += [_decode(row) for row in rows if row["what"] == "decode"]
+    notes += [_devices(row) for row in rows if row["what"] == "devices"]
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
@@ -60,6 +61,13 @@ def _folder(row: Row) -> str:
         f"- {row['save']}: codes and scales of linears take {row['quantized_bytes']:,} bytes, {row['ratio']:.3f} of "
         f"bf16; loaded in {row['load_seconds']:.2f} s, peak {row['peak_mib']:,} MiB for {row['model_mib']:,} MiB; "
         f"{copies}."
+    )
+
+
+def _devices(row: Row) -> str:
+    return (
+        f"- perplexity of {row['windows']} windows of {row['length']:,} tokens: {row['ppl'][0]:.3f} on the GPU, "
+        f"{row['ppl'][1]:.3f} on the CPU; ratio {row['ratio']:.4f}, standard error {row['standard_error']:.4f}."
     )
 
 

@@ -186,7 +186,9 @@ def test_explain(calibrated, mode, prefix):
     assert span(keys) in line_of_kv and span(values) in line_of_kv
     assert f"{len(model.calibration_record.prefix.prefix_ids)} tokens" in line_of_kv
     assert line.split()[1:4] == [str(WIDTH), "x", str(MLP)]
-    assert line.endswith(f"{down.scale.item():.5g}" if mode == "static" else f"per token, clip {down.clip.item():.3g}")
+    assert line.endswith(
+        f"{down.scale.item():.5g} spread" if mode == "static" else f"per token, clip {down.clip.item():.3g}"
+    )
     assert f"{memory(model).linear_bytes:,} bytes in all" in integers
     assert (
         "keys and values: 4 bits, one " + ("static scale a head" if mode == "static" else "scale a token") in integers

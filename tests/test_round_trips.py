@@ -16,6 +16,7 @@ import torch
 
 import pq_ao
 from benchmarks import round_trips
+from benchmarks.devices import compare_devices
 from benchmarks.results_file import load_results
 from benchmarks.ways import SAVES, Runner, integers_of, reloaded
 from pq_ao.exported import LENGTH_NAME, load_exported
@@ -168,10 +169,20 @@ class TestCommand:
             assert [int(token) for token in tokens] == expected
             step.reset()
 
+    def test_a_device_compared_with_itself(self):
+        model = tiny("qwen2", dtype=torch.bfloat16)
+        ids = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(0))
+        row = compare_devices(model, ids, ("cpu", "cpu"), windows=3, length=32, progress=False)
+        expected = pq_ao.perplexity(model, None, ids, sequence_length=32, windows=3, progress=False).ppl
+        assert row["ratio"] == 1 and row["standard_error"] == 0
+        assert row["ppl"] == pytest.approx([expected] * 2, rel=1e-6)
+        with pytest.raises(ValueError, match="200 tokens; 7 windows of 32"):
+            compare_devices(model, ids, ("cpu", "cpu"), windows=7, length=32)
+
     def test_nothing_to_time_on_a_cpu(self, arguments, capsys):
         with pytest.raises(SystemExit):
             round_trips.main([*arguments, "--parts", "cells", "decode"])
-        assert "--parts decode: times CUDA graphs; leave it out with --device cpu" in capsys.readouterr().err
+        assert "--parts decode, devices: need a GPU; leave them out with --device cpu" in capsys.readouterr().err
 
     def test_an_error_is_a_row(self, arguments, tmp_path, capsys, monkeypatch):
         def fail(*args):

@@ -65,7 +65,7 @@ def best_sqnr(x: torch.Tensor, codes: str) -> float:
 def test_spread_codes_are_near_the_best_of_sixteen_for_a_normal_distribution():
     """Lloyd's best quantizer of 16 levels has 20.22 dB."""
     x = random_floats(200_000)
-    assert best_sqnr(x, "spread") > 20.0 > 19.4 > best_sqnr(x, "even")
+    assert best_sqnr(x, "spread") > 19.9 > 19.3 > best_sqnr(x, "even")
 
 
 def test_wide_codes_suit_rows_of_different_sizes():
