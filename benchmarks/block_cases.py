@@ -30,7 +30,7 @@ def norm_quantize(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
         residual = residual + x
         h = residual.float()
         h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-5)
-        return residual, quantize(h - shift, scale, 4)
+        return residual, quantize(h - shift, scale, 4, codes="spread")
 
     def plain(x: Tensor, residual: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         residual = residual + x
@@ -81,7 +81,8 @@ def silu_hadamard(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
         inputs = [bf16((rows, 2 * width), device) for _ in range(rotation(4 * rows * width, device))]
         scale, shift = torch.full((1,), SCALE, device=device), random((width,), torch.float32, device)
         epilogue = _epilogue(2 * width, raw, device)
-        launches = [lambda x=x: silu_hadamard_op(x, base, scale, None, shift, 4, torch.int8, *epilogue) for x in inputs]
+        site = (base, scale, None, shift, 4, torch.int8, *epilogue)
+        launches = [lambda x=x: silu_hadamard_op(x, *site, codes="spread") for x in inputs]
 
         def plain(x: Tensor) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
