@@ -3,17 +3,27 @@
 import torch
 from torch import Tensor
 
-from pq_ao.ops.quantize import code_range, nearest_codes
+from pq_ao.ops.quantize import OUTER_CODES, code_range, nearest_codes
 
 
 class _RoundStraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, codes: str) -> Tensor:
-        return nearest_codes(x, codes)
+    """Nearest codes, clamped; gradients pass as far as halfway to the code that would follow the last one."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def forward(ctx, x: Tensor, bits: int, codes: str) -> Tensor:
+        low, high = code_range(bits, codes)
+        nearest = nearest_codes(x, codes)
+        if codes == "even":
+            ctx.save_for_backward((nearest >= low) & (nearest <= high))
+            return torch.clamp(nearest, low, high)
+        tail = (OUTER_CODES[codes][-1] - OUTER_CODES[codes][-2]) / 2
+        ctx.save_for_backward((x > low - tail) & (x < high + tail))
+        return nearest
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, codes: str = "even") -> Tensor:
@@ -31,5 +41,4 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, codes: str = "even") -> T
     Returns:
         float32.
     """
-    low, high = code_range(bits, codes)
-    return torch.clamp(_RoundStraightThrough.apply(x.float() / scale, codes), low, high) * scale
+    return _RoundStraightThrough.apply(x.float() / scale, bits, codes) * scale

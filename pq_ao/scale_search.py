@@ -78,7 +78,7 @@ def _scale_errors(extent: SiteRange, start: float, bits: int, codes: str = "even
     centres = ((centres + 0.5) * (2 / bins) - 1) * extent.absmax
     scales = start * torch.tensor(_ACTIVATION_GRID, dtype=torch.float64, device=device)[:, None]
     exact = centres / scales + centre(codes)
-    error = (torch.clamp(nearest_codes(exact, codes), *code_range(bits, codes)) - exact) * scales
+    error = (torch.clamp(nearest_codes(exact.float(), codes), *code_range(bits, codes)) - exact) * scales
     return dict(zip(_ACTIVATION_GRID, (error.square() @ extent.histogram).tolist(), strict=True))
 
 

@@ -1,5 +1,7 @@
 """Symmetric quantizers in plain PyTorch, so that Inductor fuses them with their neighbours."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,17 +39,24 @@ def centre(codes: str) -> float:
     return 0.0 if codes == "even" else -0.5
 
 
+# adding and taking off 1.5 * 2^23 leaves a float32 rounded to an integer, half to even
+_ROUNDER = 12582912.0
+
+
 def nearest_codes(x: Tensor, codes: str = "even") -> Tensor:
-    """The nearest codes as whole floats, half to even in even steps; past the last code at least one more follows."""
+    """The nearest codes to float32 quotients, as whole floats; even ones are not clamped.
+
+    Others are found by their distance from -1/2, in few operations: with one token each of them is felt.
+    """
     if codes == "even":
         return torch.round(x)
-    last, *outer = OUTER_CODES[codes]
-    nearest = torch.clamp(torch.round(x), -1 - last, last)
-    for code in (*outer, 2 * outer[-1] - outer[-2]):
-        edge, step = (last + code) / 2, code - last
-        nearest = nearest + step * (x > edge).to(x.dtype) - step * (x < -1 - edge).to(x.dtype)
-        last = code
-    return nearest
+    even, *outer = OUTER_CODES[codes]
+    mirrored = x + 0.5
+    size = mirrored.abs() - 0.5
+    upper = torch.clamp_max((size + _ROUNDER) - _ROUNDER, even)
+    for low, high in pairwise((even, *outer)):
+        upper = torch.where(size > (low + high) / 2, float(high), upper)
+    return torch.where(mirrored < 0, -1 - upper, upper)
 
 
 def absmax_scale(absmax: Tensor, bits: int, floor: float = MIN_SCALE) -> Tensor:
@@ -61,7 +70,8 @@ def quantize(x: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.int
     `dtype` is int8, or float8_e4m3fn, which holds the codes of 4 bits exactly. `codes`: which set of `CODE_SETS`.
     """
     low, high = code_range(bits, codes)
-    return torch.clamp(nearest_codes(x.float() / scale, codes), low, high).to(dtype)
+    nearest = nearest_codes(x.float() / scale, codes)
+    return (torch.clamp(nearest, low, high) if codes == "even" else nearest).to(dtype)
 
 
 def row_scale(x: Tensor, clip: Tensor, bits: int) -> Tensor:

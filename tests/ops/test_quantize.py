@@ -34,12 +34,17 @@ class TestUnevenCodes:
         assert torch.equal((x - found).abs(), (x[:, None] - grid).abs().amin(dim=1))
 
     def test_ties(self, codes, values):
-        """Even in even steps, to the code nearer to zero in others."""
+        """Even, by its distance from -1/2, in even steps; nearer to that in others."""
         grid = torch.tensor(values)
         found = quantize((grid[1:] + grid[:-1]) / 2, ONE, 4, codes=codes)
         pairs = zip(values[:-1], values[1:], strict=True)
-        nearer = [low + low % 2 if high == low + 1 else min(low, high, key=abs) for low, high in pairs]
-        assert found.tolist() == nearer
+
+        def expected(low: int, high: int) -> int:
+            if high == low + 1:
+                return min(low, high, key=lambda code: max(code, -1 - code) % 2)
+            return min(low, high, key=lambda code: abs(code + 0.5))
+
+        assert found.tolist() == [0 if (low, high) == (-1, 0) else expected(low, high) for low, high in pairs]
 
     def test_clamped_at_both_ends_and_exact_in_float8(self, codes, values):
         x = torch.tensor([values[-1] + 0.1, 40.0, torch.inf, -torch.inf, values[0] - 0.1])

@@ -31,12 +31,13 @@ def is_even(high: tl.constexpr):
 
 @triton.jit
 def _outer_codes(x, outer: tl.constexpr, COUNT: tl.constexpr):
-    last: tl.constexpr = outer[0]
-    code = round_half_even(tl.minimum(tl.maximum(x, -1.0 - last), last))
+    """As `pq_ao.ops.quantize.nearest_codes` does, operation by operation."""
+    mirrored = x + 0.5
+    size = tl.abs(mirrored) - 0.5
+    upper = tl.minimum(round_half_even(size), 1.0 * outer[0])
     for i in tl.static_range(1, COUNT):
-        code += tl.where(x > (outer[i - 1] + outer[i]) / 2, 1.0 * (outer[i] - outer[i - 1]), 0.0)
-        code -= tl.where(x < -1 - (outer[i - 1] + outer[i]) / 2, 1.0 * (outer[i] - outer[i - 1]), 0.0)
-    return code
+        upper = tl.where(size > (outer[i - 1] + outer[i]) / 2, 1.0 * outer[i], upper)
+    return tl.where(mirrored < 0, -1.0 - upper, upper)
 
 
 @triton.jit
