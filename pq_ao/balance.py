@@ -136,9 +136,10 @@ def _best_factors(
     inner: _Inner, quantizer: ActivationQuantizer, importance: Tensor
 ) -> tuple[Tensor | None, list[float]]:
     norms = inner.share(inner.weight.norm(dim=0)).clamp_min(1e-20)
+    exact = (inner.inputs - inner.inputs.mean(dim=0)) @ inner.weight.T  # whatever the factors and the rotation
 
     def error(factors: Tensor | float) -> float:
-        return _output_error(inner, factors, quantizer, importance)
+        return _output_error(inner, exact, factors, quantizer, importance)
 
     lowest, best, chosen = error(1.0), None, []
     for order, exponent in product(_ORDERS, _EXPONENTS):
@@ -157,7 +158,9 @@ def _power_mean(x: Tensor, order: float) -> Tensor:
     return (x.abs() / largest).pow(order).mean(dim=0).pow(1 / order) * largest
 
 
-def _output_error(inner: _Inner, factors: Tensor | float, quantizer: ActivationQuantizer, importance: Tensor) -> float:
+def _output_error(
+    inner: _Inner, exact: Tensor, factors: Tensor | float, quantizer: ActivationQuantizer, importance: Tensor
+) -> float:
     """Squared error of the linear's output, by importance of the tokens, with inputs and weight rounded to nearest."""
     x, weight = inner.rotate(inner.inputs / factors), inner.rotate(inner.weight * factors)
     x = x - x.mean(dim=0)
@@ -170,5 +173,5 @@ def _output_error(inner: _Inner, factors: Tensor | float, quantizer: ActivationQ
         z = dequantize(quantize(x + offset, scale, quantizer.bits, codes=codes), scale) - offset
     scale = absmax_scale(weight.abs().amax(dim=1) * _WEIGHT_CLIP, quantizer.weight_bits, floor=1e-8)[:, None]
     rounded = dequantize(quantize(weight, scale, quantizer.weight_bits), scale)
-    error = (z @ rounded.T - x @ weight.T).square().sum(dim=1)
+    error = (z @ rounded.T - exact).square().sum(dim=1)
     return float((error * importance).sum(dtype=torch.float64))

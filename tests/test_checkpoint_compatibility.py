@@ -16,23 +16,29 @@ from tests.checkpoints import tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FOLDER = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", params=["checkpoint-v1", "checkpoint-v1-spread"])
+def folder(request) -> Path:
+    return FIXTURES / request.param
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    return load_file(FOLDER / "expected.safetensors")
+def expected(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(FOLDER)
+def model(folder) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_facts(model):
+def test_facts(model, folder):
     assert model.dtype == torch.bfloat16 and model.config.model_type == "qwen3"
     record = model.calibration_record
     assert record.prefix.prefix_ids == (5, 0) and record.rounding == "gptq" and record.config.scheme == "w4a4kv4"
+    assert record.config.act_codes == ("spread" if folder.name.endswith("spread") else "even")
     assert pq_ao.memory(model).linear_ratio < 1
     assert "rounding: gptq" in pq_ao.explain(model)
 
@@ -43,13 +49,15 @@ def test_accumulators(model, expected):
     assert len(linears) == 2 * 4
     for name, linear in linears.items():
         x = expected[f"{name}.activation_codes"]
+        if f"{name}.inputs" in expected:
+            assert torch.equal(linear.quantizers[0].codes(expected[f"{name}.inputs"])[0], x), name
         assert torch.equal(x.int() @ linear.weight.codes().int().T, expected[f"{name}.accumulators"]), name
     assert torch.equal(model.lm_head.weight.qdata.sum(dim=1, dtype=torch.int32), expected["lm_head.codes_sum"])
 
 
-def test_a_flipped_bit_is_seen(tmp_path):
+def test_a_flipped_bit_is_seen(folder, tmp_path):
     """Of these too: they always had the fingerprint."""
-    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    folder = shutil.copytree(folder, tmp_path / "model")
     (path,) = folder.glob("model-*.safetensors")
     content = bytearray(path.read_bytes())
     content[-100] ^= 4
@@ -72,9 +80,9 @@ def test_saved_by_this_version_it_is_the_same(model, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors(model).items())
 
 
-def test_in_a_process_that_knows_nothing_of_calibration(expected, tmp_path):
+def test_in_a_process_that_knows_nothing_of_calibration(folder, expected, tmp_path):
     """`import pq_ao` comes first there, imports nothing large, and is all that it takes."""
-    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    folder = shutil.copytree(folder, tmp_path / "model")
     code = (
         "import sys, pq_ao\n"
         "assert not {'torch', 'torchao', 'transformers'} & set(sys.modules)\n"

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.hadamard import hadamard_entry, stack, unstack, walsh_sign
-from pq_ao.ops.kernels.half_codes import four_codes, half_codes
+from pq_ao.ops.kernels.half_codes import four_codes, half_codes, origin
 from pq_ao.ops.kernels.halves import dot_half, half_butterflies, halves, times_plus, to_half, word
 from pq_ao.ops.kernels.silu_parts import prefetch, sigmoid_over
 from pq_ao.ops.kernels.silu_rows import ManyRowsTiling, choose_rows_tiling, load_tiles, widen
@@ -55,8 +55,8 @@ def silu_tables_kernel(
         low = tl.load(shift_ptr + 2 * i, mask=mask, other=0.0)
         high = tl.load(shift_ptr + 2 * i + 1, mask=mask, other=0.0)
     part = -1.0 / (tl.load(scale_ptr) * (HIGH - LOW))
-    ZERO: tl.constexpr = -LOW / (HIGH - LOW)  # where in the range of codes 0 is
-    tl.store(offsets_ptr + i, word(low * part + ZERO, high * part + ZERO), mask=mask)
+    zero: tl.constexpr = origin(LOW, HIGH) / (HIGH - LOW)
+    tl.store(offsets_ptr + i, word(low * part + zero, high * part + zero), mask=mask)
 
 
 @triton.jit
@@ -113,16 +113,18 @@ def _store(
         if dtype == tl.float32:  # for tests
             low, high = halves(y[w])
             low_offset, high_offset = halves(offsets[w])
-            low = ((low.to(tl.float32) + low_offset.to(tl.float32)) * (HIGH - LOW) + LOW) * scale
-            high = ((high.to(tl.float32) + high_offset.to(tl.float32)) * (HIGH - LOW) + LOW) * scale
+            low = ((low.to(tl.float32) + low_offset.to(tl.float32)) * (HIGH - LOW) - origin(LOW, HIGH)) * scale
+            high = ((high.to(tl.float32) + high_offset.to(tl.float32)) * (HIGH - LOW) - origin(LOW, HIGH)) * scale
             tl.store(ptr + 2 * at, low, mask=mask)
             tl.store(ptr + (2 * at + 1), high, mask=mask)
         else:
-            codes = half_codes(y[w], offsets[w], dtype, LOW, HIGH)
+            codes, signs = half_codes(y[w], offsets[w], dtype, LOW, HIGH)
             if UNIT == 2:
-                four = four_codes(codes, codes, dtype, HIGH).to(tl.int16)
+                four = four_codes(codes, codes, signs, signs, dtype, HIGH).to(tl.int16)
             else:
-                four = four_codes(*tl.split(tl.reshape(codes, (4, 8, W, codes.shape[3] // 2, 2))), dtype, HIGH)
+                codes = tl.split(tl.reshape(codes, (4, 8, W, codes.shape[3] // 2, 2)))
+                signs = tl.split(tl.reshape(signs, (4, 8, W, signs.shape[3] // 2, 2)))
+                four = four_codes(*codes, *signs, dtype, HIGH)
             tl.store(ptr.to(tl.pointer_type(four.dtype), bitcast=True) + at, four, mask=mask)
 
 
