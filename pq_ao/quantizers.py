@@ -58,8 +58,8 @@ class ActivationQuantizer(FixedDtype):
         code_set: which codes, see `pq_ao.ops.quantize.CODE_SETS`.
         scale: float32 (1,) in static mode, else None.
         clip: float32 (1,) in dynamic mode, the factor on each token's absmax; else None.
-        shift: float32 [K], static mean of each channel, less what puts it at the centre of the codes; zeros until
-            calibration sets it.
+        shift: float32 [K], static mean of each channel, and half a scale more where codes are not even, for their
+            middle is -1/2; zeros until calibration sets it.
         path: see `Path`.
         observer: called with the float32 tensor before it is quantized; calibration sets it.
     """

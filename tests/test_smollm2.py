@@ -16,8 +16,8 @@ from pq_ao.prefix import OUTLIER_THRESHOLD
 pytestmark = pytest.mark.slow
 
 SHORT_PROMPT = "Yes."
-GATE = 2.0  # seeds 0, 1 and 2 gave 1.798, 1.931 and 1.821
-EMBEDDED_GATE = 2.2  # the quickstart shows 1.7 on this text; without the prefix, or unsearched, it is far above
+GATE = 1.8  # seeds 0, 1 and 2 gave 1.642, 1.709 and 1.620
+EMBEDDED_GATE = 1.6  # seeds 0 and 1 gave 1.482 and 1.461
 SHORT_PROMPTS = (
     "The cat sat on the mat.",
     "Water boils at one hundred degrees.",

@@ -35,7 +35,7 @@ def code_range(bits: int, codes: str = "even") -> tuple[int, int]:
 
 
 def centre(codes: str) -> float:
-    """Where among these codes the middle of what is quantized belongs, in codes."""
+    """Their middle, in codes, where the mean of what is quantized belongs; even ones keep it at 0, a code."""
     return 0.0 if codes == "even" else -0.5
 
 

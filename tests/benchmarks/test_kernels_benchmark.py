@@ -48,7 +48,7 @@ def test_wrong_integers_are_seen(tmp_path, monkeypatch, capsys):
 
 
 def test_failing_op_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(block_cases, "silu_hadamard_op", fails)
