@@ -8,7 +8,8 @@ from pq_ao.ops import silu_hadamard
 from pq_ao.ops.kernels.silu_hadamard import Tiling, launch
 from pq_ao.ops.kernels.silu_halves import HalvesTiling
 from pq_ao.ops.kernels.silu_rows import RowsTiling
-from pq_ao.ops.quantize import OUTER_CODES, code_range
+from pq_ao.ops.quantize import code_range
+from tests.kernels.code_places import place_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLIPPED = 2e-3  # of the codes may differ, by one; 4 bits: 1e-4; 8 bits: 1e-3
@@ -45,18 +46,6 @@ def run(
     on_device = [t if t is None else t.to(DEVICE) for t in (gate_up, base, scale, clip, shift, in_scale, in_bias)]
     launch(*on_device[:5], bits, codes, row_scale, tiling, *on_device[5:], code_set)
     return codes.cpu(), row_scale.cpu()
-
-
-def place_of(codes: Tensor, code_set: str) -> Tensor:
-    """int64, the place of each code among its set, so that next ones differ by 1."""
-    if code_set == "even":
-        return codes.float().long()
-    even, *outer = OUTER_CODES[code_set]
-    upper = (*range(even + 1), *outer)
-    known = torch.tensor([*(-1 - code for code in reversed(upper)), *upper])
-    codes = codes.to(torch.int8).long()
-    assert torch.isin(codes, known).all()
-    return torch.searchsorted(known, codes)
 
 
 def rotated(gate_up: Tensor, base: Tensor, in_scale: Tensor | None = None, in_bias: Tensor | None = None) -> Tensor:

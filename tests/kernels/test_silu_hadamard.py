@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="kernels need triton")
 from pq_ao.ops.kernels.silu_hadamard import Tiling, choose_tiling
 from pq_ao.ops.kernels.silu_halves import HalvesTiling
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling
+from tests.kernels.code_places import place_of
 from tests.kernels.silu_cases import (
     FLIPPED,
     HALVES_FLIPPED,
@@ -21,7 +22,6 @@ from tests.kernels.silu_cases import (
     check_floats,
     make_accumulators,
     make_input,
-    place_of,
     run,
 )
 
