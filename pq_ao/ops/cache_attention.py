@@ -18,7 +18,8 @@ _CPU_BLOCK = 512
 _STORED = {4: (torch.uint8,), 8: (torch.int8,), 16: (torch.float32, torch.float16, torch.bfloat16)}
 
 
-@torch.library.custom_op("pq_ao::cache_attention", mutates_args=())
+# Any strides will do: asked for exact ones, Inductor computes `visible` anew for every layer.
+@torch.library.custom_op("pq_ao::cache_attention", mutates_args=(), tags=torch.Tag.flexible_layout)
 def cache_attention(
     query: Tensor,
     keys: Tensor,

@@ -120,7 +120,12 @@ def _store(
     cache.index_copy_(2, slots, codes[:, :, has_slot])
 
 
-@torch.library.custom_op("pq_ao::rope_store", mutates_args=("keys", "values", "key_token_scale", "value_token_scale"))
+# Any strides will do: asked for exact ones, Inductor computes cos and sin anew for every layer.
+@torch.library.custom_op(
+    "pq_ao::rope_store",
+    mutates_args=("keys", "values", "key_token_scale", "value_token_scale"),
+    tags=torch.Tag.flexible_layout,
+)
 def rope_store(
     qkv: Tensor,
     cos: Tensor,
