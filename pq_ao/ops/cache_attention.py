@@ -19,7 +19,7 @@ _STORED = {4: (torch.uint8,), 8: (torch.int8,), 16: (torch.float32, torch.float1
 
 
 # Any strides will do: asked for exact ones, Inductor computes `visible` anew for every layer.
-@torch.library.custom_op("pq_ao::cache_attention", mutates_args=(), tags=torch.Tag.flexible_layout)
+@torch.library.custom_op("pq_ao::cache_attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def cache_attention(
     query: Tensor,
     keys: Tensor,

@@ -124,7 +124,7 @@ def _store(
 @torch.library.custom_op(
     "pq_ao::rope_store",
     mutates_args=("keys", "values", "key_token_scale", "value_token_scale"),
-    tags=torch.Tag.flexible_layout,
+    tags=(torch.Tag.flexible_layout,),
 )
 def rope_store(
     qkv: Tensor,
