@@ -46,8 +46,7 @@ def accuracy(results: Iterable[Results]) -> str:
         return (
             "No results yet: `python -m benchmarks.accuracy` writes them, `python -m benchmarks.tables` this section."
         )
-    runs = {id(run): run for _, run in rows}.values()
-    return "\n\n".join([*parts, "\n\n".join(map(provenance, sorted(runs, key=lambda run: run.date)))])
+    return "\n\n".join([*parts, provenance(run for _, run in rows)])
 
 
 def _whole(rows: list[Found]) -> list[Found]:

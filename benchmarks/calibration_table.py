@@ -29,8 +29,7 @@ def calibration(results: Iterable[Results]) -> str:
         "|" + "---|" * len(_HEADER),
         *(f"| {' | '.join(_cells(row))} |" for row, _ in found),
     ]
-    runs = {id(run): run for _, run in found}.values()
-    return "\n".join([*lines, "", *map(provenance, sorted(runs, key=lambda run: run.date))])
+    return "\n".join([*lines, "", provenance(run for _, run in found)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

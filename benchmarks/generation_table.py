@@ -78,9 +78,7 @@ def generation(results: Iterable[Results]) -> str:
             if chosen:
                 parts.append(_table(model, phase, chosen))
     notes = _notes([row for row, _ in rows])
-    runs = {id(run): run for _, run in rows}.values()
-    lines = [provenance(run) for run in sorted(runs, key=lambda run: run.date)]
-    return "\n\n".join([*parts, *notes, "\n".join(dict.fromkeys(lines))])
+    return "\n\n".join([*parts, *notes, provenance(run for _, run in rows)])
 
 
 def _table(model: str, phase: str, rows: Sequence[Found]) -> str:

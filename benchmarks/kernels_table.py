@@ -32,9 +32,7 @@ def kernels(results: Iterable[Results]) -> str:
         ]
         rows = sorted((row for row, _ in found if row["model"] == model), key=_rank)
         parts.append("\n".join([*lines, *map(_line, rows)]))
-    runs = {id(run): run for _, run in found}.values()
-    lines = [provenance(run) for run in sorted(runs, key=lambda run: run.date)]
-    return "\n\n".join([*parts, "\n".join(dict.fromkeys(lines))])
+    return "\n\n".join([*parts, provenance(run for _, run in found)])
 
 
 def _rank(row: Row) -> tuple:

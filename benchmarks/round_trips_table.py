@@ -17,18 +17,17 @@ def round_trips(results: Iterable[Results]) -> str:
         results: of the benchmark of round trips, oldest first.
     """
     results = list(results)
-    parts, runs = [], {}
+    parts, runs = [], []
     for device in dict.fromkeys(run.device for run in results):
         here = [run for run in results if run.device == device]
         for model in dict.fromkeys(row["model"] for run in here for row in run.rows):
             found = newest_rows(here, _KEYS)
             found = [(row, run) for row, run in found if row["model"] == model]
             parts.append(_table(f"{model} on {device}", [row for row, _ in found]))
-            runs |= {id(run): run for _, run in found}
+            runs += [run for _, run in found]
     if not parts:
         return "No results yet: `python -m benchmarks.round_trips` writes them, `python -m benchmarks.tables` this."
-    lines = [provenance(run) for run in sorted(runs.values(), key=lambda run: run.date)]
-    return "\n\n".join([*parts, "\n".join(dict.fromkeys(lines))])
+    return "\n\n".join([*parts, provenance(runs)])
 
 
 def _table(title: str, rows: Sequence[Row]) -> str:
