@@ -1,11 +1,8 @@
 """The generation engine: the tokens of `model.generate`, however they are cut, padded, streamed or continued."""
 
-import re
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import pq_ao
@@ -192,22 +189,6 @@ def test_compiled_code_gives_the_tokens_of_eager_code(ids):
     with torch._inductor.config.patch(emulate_precision_casts=True):
         out = _engine(model, 2, compile=True, prefill_buckets=(16,)).generate(ids[:, :20], max_new_tokens=12, **NO_END)
     assert torch.equal(out, _engine(model, 2).generate(ids[:, :20], max_new_tokens=12, **NO_END))
-
-
-@torch.no_grad()
-def test_angles_and_mask_are_computed_once_for_all_layers(ids):
-    model = _random(prefix_tokens=2)
-    cache = pq_ao.PrefixStaticCache(model, 2, 64)
-    mask = torch.ones_like(ids[:, :20])
-    mask[0, :7] = 0
-    step = torch.compile(model, fullgraph=True)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        _, (code,) = run_and_get_code(step, ids[:, :20], attention_mask=mask, past_key_values=cache)
-    for op, places in (("rope_store", (1, 2)), ("cache_attention", (10,))):  # cos and sin; visible
-        calls = [arguments.split(", ") for arguments in re.findall(rf"ops\.pq_ao\.{op}\.default\((.*)\)", code)]
-        assert len(calls) == model.config.num_hidden_layers > 1
-        for place in places:
-            assert len({arguments[place] for arguments in calls}) == 1, op
 
 
 @pytest.mark.gpu

@@ -28,8 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"qwen2": 2, "qwen3": 1}  # with biases; with norms on the heads
 # What was compiled serves every model that is alike. Exporting takes seconds and packages half a minute, so they are
 # made of one of the three models, which are equal, and so are their programs; packages of one family alone.
-CELLS = [("eager", save) for save in SAVES] + [("compiled", save) for save in SAVES]
-CELLS += [("exported", "sharded"), ("aoti", "state_dict")]
+CELLS = [("eager", save) for save in SAVES] + [("exported", "sharded")]
+COMPILED_CELLS = [("compiled", save) for save in SAVES] + [("aoti", "state_dict")]
+ROUNDS_AS_EAGER = pytest.mark.skipif(
+    torch.__version__ < (2, 13),
+    reason="Inductor of older PyTorch (seen with 2.11) leaves roundings to bfloat16 out on a CPU, whatever it is told",
+)
 IDS = torch.randint(3, 300, (1, 11), generator=torch.Generator().manual_seed(6))
 NEW_TOKENS = 12
 SLOTS = 48
@@ -57,7 +61,9 @@ def test_the_same_integers(trip, save):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "save"), CELLS)
+@pytest.mark.parametrize(
+    ("way", "save"), [*CELLS, *(pytest.param(*cell, marks=ROUNDS_AS_EAGER) for cell in COMPILED_CELLS)]
+)
 def test_the_same_logits_and_cache(trip, way, save):
     """At every step those of the model that was never saved, run eagerly."""
     if way == "aoti" and trip.model.config.model_type != "qwen2":
@@ -90,6 +96,7 @@ class TestPackages:
             trip.runner.run("aoti", trip.model, IDS, 1)
         return folder
 
+    @ROUNDS_AS_EAGER
     def test_they_give_the_same_tokens_alone(self, trip, folder):
         lengths = (11, 2, 1)
         run = subprocess.run(
@@ -100,6 +107,7 @@ class TestPackages:
         got = [torch.tensor(tokens)[:, length:] for tokens, length in zip(json.loads(run.stdout), lengths, strict=True)]
         assert all(torch.equal(mine, theirs.T) for mine, theirs in zip(got, expected, strict=True))
 
+    @ROUNDS_AS_EAGER
     def test_prefill_goes_on_from_what_the_cache_holds(self, trip, folder):
         decoder, cache = load_exported(folder), pq_ao.PrefixStaticCache(trip.model, 1, SLOTS)
         for ids in (IDS, IDS[:, :1], IDS[:, 3:7]):

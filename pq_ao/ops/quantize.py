@@ -40,7 +40,7 @@ def centre(codes: str) -> float:
 
 
 # adding and taking off 1.5 * 2^23 leaves a float32 rounded to an integer, half to even
-_ROUNDER = 12582912.0
+ROUNDER = 12582912.0
 
 
 def nearest_codes(x: Tensor, codes: str = "even") -> Tensor:
@@ -53,7 +53,7 @@ def nearest_codes(x: Tensor, codes: str = "even") -> Tensor:
     even, *outer = OUTER_CODES[codes]
     mirrored = x + 0.5
     size = mirrored.abs() - 0.5
-    upper = torch.clamp_max((size + _ROUNDER) - _ROUNDER, even)
+    upper = torch.clamp_max((size + ROUNDER) - ROUNDER, even)
     for low, high in pairwise((even, *outer)):
         upper = torch.where(size > (low + high) / 2, float(high), upper)
     return torch.where(mirrored < 0, -1 - upper, upper)

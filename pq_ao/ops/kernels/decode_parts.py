@@ -10,7 +10,7 @@ Shape suffixes: R rows (query x query head, padded), T parts, D head dim (padded
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.interpret import quantize
+from pq_ao.ops.kernels.codes import quantize
 
 # Scores of hidden slots, and the lowest maximum that softmax may start from: the one far below the other, so that
 # hidden slots weigh nothing even where nothing else is seen.

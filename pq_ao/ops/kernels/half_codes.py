@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pq_ao.ops.kernels.codes import LARGEST_SPREAD, nearest_code
 from pq_ao.ops.kernels.halves import halves
-from pq_ao.ops.kernels.interpret import INTERPRETED, LARGEST_SPREAD, nearest_code
+from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.quantize import OUTER_CODES
 
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.interpret import INTERPRETED, nearest_code, quantize
+from pq_ao.ops.kernels.codes import nearest_code, quantize
+from pq_ao.ops.kernels.interpret import INTERPRETED
 
 
 @triton.jit

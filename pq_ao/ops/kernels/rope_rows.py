@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_ao.ops.kernels.codes import ROUNDER
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, small_walsh
 from pq_ao.ops.kernels.raw_input import load_input
 from pq_ao.ops.kernels.rope_parts import divide_and_round
-
-# the number whose last bits, once it is added, are a whole number: cheaper than a conversion
-_ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -115,7 +113,7 @@ def _store_head(x, ptr, rows, mask, COUNT: tl.constexpr):
     for piece in tl.static_range(COUNT):
         y = x[piece]
         if ptr.dtype.element_ty.primitive_bitwidth == 8:
-            y = (y + _ROUNDER).to(tl.int32, bitcast=True)
+            y = (y + ROUNDER).to(tl.int32, bitcast=True)
         tl.store(ptr + rows + 32 * piece + d, y.to(ptr.dtype.element_ty), mask=mask)
 
 

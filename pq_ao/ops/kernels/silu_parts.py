@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.interpret import INTERPRETED, is_even, nearest_code
+from pq_ao.ops.kernels.codes import ROUNDER, is_even, nearest_code
+from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
 
-# the number whose last bits, once it is added, are the rounded integer
-_ROUNDER = tl.constexpr(12582912.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -49,7 +48,7 @@ def saturated_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.c
         return to_codes(y, scale, dtype, LOW, HIGH)
     SPAN: tl.constexpr = HIGH - LOW
     part = _saturated(y, 1.0 / (scale * SPAN), -LOW / SPAN)
-    return _from_rounded(tl.fma(part, SPAN + 0.0, LOW + _ROUNDER), dtype)
+    return _from_rounded(tl.fma(part, SPAN + 0.0, LOW + ROUNDER), dtype)
 
 
 @triton.jit
@@ -61,7 +60,7 @@ def to_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexp
         return nearest_code(y * (1.0 / scale), LOW, HIGH).to(dtype)
     # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
     # Clamping before the product leaves the product and the rounding to one instruction.
-    y = tl.minimum(tl.maximum(y, LOW * scale), HIGH * scale) * (1.0 / scale) + _ROUNDER
+    y = tl.minimum(tl.maximum(y, LOW * scale), HIGH * scale) * (1.0 / scale) + ROUNDER
     return _from_rounded(y, dtype)
 
 
@@ -69,7 +68,7 @@ def to_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexp
 def _from_rounded(y, dtype: tl.constexpr):
     if dtype == tl.int8:
         return y.to(tl.int32, bitcast=True).to(tl.int8)
-    return (y - _ROUNDER).to(dtype)
+    return (y - ROUNDER).to(dtype)
 
 
 @triton.jit
