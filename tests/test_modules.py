@@ -11,6 +11,7 @@ import pq_ao
 from pq_ao.ops import quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.tensors import PackedWeight, QuantizedActivation
+from tests.inductor import ROUNDS_AS_EAGER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +87,7 @@ def test_shift_keeps_the_mean_output_of_a_linear(make_tiny, tiny_tokenizer, engl
     assert error < 0.1  # what remains is the correction of the rounding's own mean error
 
 
+@ROUNDS_AS_EAGER
 @torch.no_grad()
 @pytest.mark.parametrize("kwargs", [{}, {"mode": "dynamic"}])
 def test_prefill_and_decode_compile_whole_without_recompiling_and_equal_eager(

@@ -21,6 +21,7 @@ from benchmarks.results_file import load_results
 from benchmarks.ways import SAVES, Runner, integers_of, reloaded
 from pq_ao.exported import LENGTH_NAME, load_exported
 from tests.checkpoints import assert_same_model, tiny
+from tests.inductor import ROUNDS_AS_EAGER
 from tests.test_exported import ALONE, program_file, vouch_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,10 +31,6 @@ LAYERS = {"qwen2": 2, "qwen3": 1}  # with biases; with norms on the heads
 # made of one of the three models, which are equal, and so are their programs; packages of one family alone.
 CELLS = [("eager", save) for save in SAVES] + [("exported", "sharded")]
 COMPILED_CELLS = [("compiled", save) for save in SAVES] + [("aoti", "state_dict")]
-ROUNDS_AS_EAGER = pytest.mark.skipif(
-    torch.__version__ < (2, 13),
-    reason="Inductor of older PyTorch (seen with 2.11) leaves roundings to bfloat16 out on a CPU, whatever it is told",
-)
 IDS = torch.randint(3, 300, (1, 11), generator=torch.Generator().manual_seed(6))
 NEW_TOKENS = 12
 SLOTS = 48
