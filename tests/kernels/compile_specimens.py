@@ -23,11 +23,11 @@ def all_specimens() -> list[Specimen]:
 
 
 def chosen(specimens: list[Specimen], arch: int) -> list[Specimen]:
-    """What is compiled for an architecture: for 90 everything, else the first of each kernel with such arguments (and
-    of its form for newer GPUs) and what asks for it. All of it for all would be a third of the suite's time."""
+    """What is compiled for an architecture: for 90 everything, else the first of each kernel with such codes (and of
+    its form for newer GPUs) and what asks for it. All of it for all would be a third of the suite's time."""
     known, found = set(), []
     for specimen in specimens:
-        form = specimen.kernel.fn, specimen.minimum_arch, *sorted(specimen.types.items())
+        form = specimen.kernel.fn, specimen.minimum_arch, *map(specimen.constants.get, ("PACKED", "BITS"))
         if arch >= specimen.minimum_arch and (arch == 90 or specimen.everywhere or form not in known):
             known.add(form)
             found.append(specimen)
