@@ -18,8 +18,7 @@ _CPU_BLOCK = 512
 _STORED = {4: (torch.uint8,), 8: (torch.int8,), 16: (torch.float32, torch.float16, torch.bfloat16)}
 
 
-# Any strides will do: asked for exact ones, Inductor computes `visible` anew for every layer.
-@torch.library.custom_op("pq_ao::cache_attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+@torch.library.custom_op("pq_ao::cache_attention", mutates_args=())
 def cache_attention(
     query: Tensor,
     keys: Tensor,
