@@ -16,6 +16,7 @@ from pq_ao.ops.kernels.decode_codes import codes_part
 from pq_ao.ops.kernels.decode_parts import LOWEST, VALUE_GAIN, finish, merge_prefix, store_out, write_part
 from pq_ao.ops.kernels.decode_walk import walk_part
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
+from pq_ao.ops.kernels.prefetch import prefetch
 from pq_ao.ops.kernels.stored import LOG2E, Stored, last_dim_dense, stored_as
 from pq_ao.ops.kernels.workspace import COUNTERS, counters
 from pq_ao.ops.quantize import code_range
@@ -105,7 +106,6 @@ def decode_kernel(
     ONE_PART: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, SLOTS_FIRST: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    wait(EARLY)
     GROUPS: tl.constexpr = HEADS // REPEAT
     ROWS: tl.constexpr = QUERIES * REPEAT
     # the last program where the prefix has one of its own
@@ -114,7 +114,6 @@ def decode_kernel(
     owner = tl.program_id(0) // parts
     batch = owner // GROUPS
     group = owner % GROUPS
-    start = tl.load(start_ptr).to(tl.int32)
     query_ptr += batch.to(tl.int64) * stride_b
     out_ptr += batch.to(tl.int64) * (QUERIES * HEADS * HEAD_DIM)
     scratch_ptr += owner.to(tl.int64) * parts * (ROWS * (2 + HEAD_DIM))
@@ -129,6 +128,16 @@ def decode_kernel(
         score_gain = scaling_log2e * key_scale
         prefix_gain = 1.0 / key_scale
         value_gain = tl.load(value_scale_ptr + group)
+    if EARLY:
+        # what `store_out` reads when all else is done
+        if value_shift_ptr is not None:
+            prefetch(value_shift_ptr + group * HEAD_DIM, 4 * HEAD_DIM)
+        if out_scale_ptr is not None:
+            prefetch(out_scale_ptr, 4)
+        if out_shift_ptr is not None:
+            prefetch(out_shift_ptr + group * REPEAT * HEAD_DIM, 4 * REPEAT * HEAD_DIM)
+    wait(EARLY)
+    start = tl.load(start_ptr).to(tl.int32)
 
     if CODES:
         m_R, l_R, acc_RD = codes_part(

@@ -1,7 +1,8 @@
 """Linear of 1 to 8 rows: packed weights are read once as 32-bit words and multiplied by dp4a.
 
 A program takes a few output rows over all of K, and its threads split K: each thread keeps its words of x in registers
-for all those rows. Sixteen bytes a thread and row are one load, and many are in flight before the first is used.
+for all those rows. Sixteen bytes a thread and row are one load, and many are in flight before the first is used; what
+is constant is on its way before the kernel in front has ended.
 
 Shape suffixes: M rows of x, N outputs, W words of a weight row.
 """
@@ -44,6 +45,15 @@ def _weights(w_ptr, n, START: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.c
         return tl.load(pointers, eviction_policy="evict_first")
     else:
         return tl.load(pointers, mask=(word < ROW_WORDS)[None, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _group(w_ptr, n, FIRST: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr):
+    """The weights of steps FIRST to LAST, a tensor each."""
+    weights = ()
+    for step in tl.static_range(FIRST, LAST):
+        weights = weights + (_weights(w_ptr, n, step * WORDS, WORDS, ROW_WORDS),)
+    return weights
 
 
 @triton.jit
@@ -103,6 +113,13 @@ def gemv_kernel(
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     # rows past the end are read twice rather than masked; they are never stored
     row = tl.minimum(n, outs - 1)
+    weights = _group(w_ptr, row, 0, min(AHEAD, STEPS), WORDS, ROW_WORDS)
+    if not RAW:
+        w_scale = tl.load(w_scale_ptr + row)
+        if not PER_ROW:
+            x_scale = tl.load(x_scale_ptr)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + row).to(tl.float32)
     wait(EARLY)
 
     # room for a power of two of rows; no instruction is spent on those that are not there
@@ -111,9 +128,8 @@ def gemv_kernel(
     for _m in tl.static_range(COUNT):
         sums = sums + (tl.zeros((OUTPUTS, WORDS), tl.int32),)
     for group in tl.static_range((STEPS + AHEAD - 1) // AHEAD):
-        weights = ()
-        for step in tl.static_range(group * AHEAD, min(group * AHEAD + AHEAD, STEPS)):
-            weights = weights + (_weights(w_ptr, row, step * WORDS, WORDS, ROW_WORDS),)
+        if group > 0:
+            weights = _group(w_ptr, row, group * AHEAD, min(group * AHEAD + AHEAD, STEPS), WORDS, ROW_WORDS)
         for step in tl.static_range(group * AHEAD, min(group * AHEAD + AHEAD, STEPS)):
             new = ()
             if PACKED:
@@ -139,10 +155,13 @@ def gemv_kernel(
     if RAW:
         tl.store(at, total, mask=stored)
     else:
-        x_scale = tl.load(x_scale_ptr + tl.minimum(m, ROWS - 1) if PER_ROW else x_scale_ptr + m * 0)
-        y = total.to(tl.float32) * (x_scale[None, :] * tl.load(w_scale_ptr + row)[:, None])
+        if PER_ROW:
+            scale = tl.load(x_scale_ptr + tl.minimum(m, ROWS - 1))[None, :] * w_scale[:, None]
+        else:
+            scale = (x_scale * w_scale)[:, None]
+        y = total.to(tl.float32) * scale
         if HAS_BIAS:
-            y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
+            y = y + bias[:, None]
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 

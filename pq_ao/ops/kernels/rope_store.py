@@ -16,6 +16,7 @@ from pq_ao.hadamard import has_hadamard_matrix
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, hadamard_entry, times_matrix
+from pq_ao.ops.kernels.prefetch import prefetch
 from pq_ao.ops.kernels.raw_input import load_input
 from pq_ao.ops.kernels.rope_parts import divide_and_round
 from pq_ao.ops.kernels.rope_rows import RowsTiling, choose_rows_tiling, launch_rows
@@ -162,6 +163,12 @@ def rope_store_kernel(
     mask = is_mine & (d < HALF)
     batch = token // length
     place = token - batch * length
+    if EARLY and BITS < 16:
+        prefetch(key_shift_ptr, 4 * G * D, block, BLOCKS)
+        prefetch(value_shift_ptr, 4 * G * D, block, BLOCKS)
+        if not DYNAMIC:
+            prefetch(key_scale_ptr, 4 * G)
+            prefetch(value_scale_ptr, 4 * G)
     wait(EARLY)
     columns = (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D + d
     row_ptr = qkv_ptr + token * ((H + 2 * G) * D)

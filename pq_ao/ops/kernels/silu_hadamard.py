@@ -26,6 +26,7 @@ from pq_ao.ops.kernels.hadamard import (
     times_matrix,
     walsh_sign,
 )
+from pq_ao.ops.kernels.prefetch import prefetch
 from pq_ao.ops.kernels.silu_halves import HalvesTiling, choose_halves_tiling, launch_halves
 from pq_ao.ops.kernels.silu_parts import silu_times, to_codes
 from pq_ao.ops.kernels.silu_rows import RowsTiling, choose_rows_tiling, launch_rows
@@ -163,6 +164,12 @@ def silu_hadamard_kernel(
     first, first_out = tile % SPLIT, tile // SPLIT * BLOCK_OUT
     i, j = tl.arange(0, BLOCK_L2)[:, None], tl.arange(0, BLOCK_L2)[None, :]
     walsh = tl.where((i < L2) & (j < L2), walsh_sign(i, j), 0.0).to(tl.bfloat16)
+    if EARLY:
+        prefetch(base_ptr, 4 * BASE * BASE, tile, TILES)
+        if not DYNAMIC:
+            prefetch(scale_ptr, 4)
+        if shift_ptr is not None:
+            prefetch(shift_ptr, 4 * F, tile, TILES)
     wait(EARLY)
     _do_row(
         program // TILES, gate_up_ptr, in_scale_ptr, in_bias_ptr, base_ptr, scale_ptr, clip_ptr, shift_ptr, codes_ptr,
@@ -183,6 +190,8 @@ def silu_quantize_kernel(
     row = (program // TILES).to(tl.int64)
     columns = program % TILES * BLOCK + tl.arange(0, BLOCK)
     mask = columns < F
+    if EARLY and shift_ptr is not None:
+        prefetch(shift_ptr, 4 * F, program % TILES, TILES)
     wait(EARLY)
     y = silu_times(gate_up_ptr + row * (2 * F), columns, mask, in_scale_ptr, in_bias_ptr, F)
     if DYNAMIC:

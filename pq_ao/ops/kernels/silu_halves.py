@@ -18,7 +18,8 @@ from torch import Tensor
 from pq_ao.ops.kernels.hadamard import hadamard_entry, stack, unstack, walsh_sign
 from pq_ao.ops.kernels.half_codes import four_codes, half_codes, origin
 from pq_ao.ops.kernels.halves import dot_half, half_butterflies, halves, times_plus, to_half, word
-from pq_ao.ops.kernels.silu_parts import prefetch, sigmoid_over
+from pq_ao.ops.kernels.prefetch import prefetch
+from pq_ao.ops.kernels.silu_parts import sigmoid_over
 from pq_ao.ops.kernels.silu_rows import ManyRowsTiling, choose_rows_tiling, load_tiles, widen
 from pq_ao.ops.kernels.workspace import multiprocessors
 from pq_ao.ops.quantize import code_range

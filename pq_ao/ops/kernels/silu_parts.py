@@ -69,15 +69,3 @@ def _from_rounded(y, dtype: tl.constexpr):
     if dtype == tl.int8:
         return y.to(tl.int32, bitcast=True).to(tl.int8)
     return (y - ROUNDER).to(dtype)
-
-
-@triton.jit
-def prefetch(ptr, BYTES: tl.constexpr):
-    """Asks L2 for so many bytes at ptr, by lines of 128."""
-    LINES: tl.constexpr = triton.next_power_of_2((BYTES + 127) // 128)
-    if not INTERPRETED:
-        places = tl.minimum(tl.arange(0, LINES) * 128, BYTES - 16)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.pointer_type(tl.int8)) + places],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip

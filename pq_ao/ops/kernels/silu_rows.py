@@ -25,7 +25,8 @@ from pq_ao.ops.kernels.hadamard import (
     stack,
     unstack,
 )
-from pq_ao.ops.kernels.silu_parts import prefetch, saturated_codes, sigmoid_over
+from pq_ao.ops.kernels.prefetch import prefetch
+from pq_ao.ops.kernels.silu_parts import saturated_codes, sigmoid_over
 from pq_ao.ops.kernels.workspace import multiprocessors
 
 _ROWS = tl.constexpr(16)  # of the base, that are exchanged together
