@@ -2,7 +2,8 @@
 
 A decode step is hundreds of kernels of a few microseconds; starting each only when the last one is through costs one
 or two more. A kernel launched early waits inside, before it touches what others write or read, its outputs and the
-counters included. (Fetching weights, which are constant, before the wait made decode slower on an H200.)
+counters included. What is constant it asks for before: weights into registers, scales and shifts at least into L2.
+(Asking L2 for weights, whether the linear's own or those of the next one, made decode slower on an H200.)
 """
 
 import torch

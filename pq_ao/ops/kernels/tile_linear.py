@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_ao.ops.kernels.asm import widen_bytes
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
+from pq_ao.ops.kernels.prefetch import prefetch
 from pq_ao.ops.kernels.workspace import COUNTERS, counters
 
 
@@ -70,6 +72,7 @@ def tile_kernel(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y = x w^T for int8 x [M, K] and w [N, bytes]; RAW stores int32 sums, else scaled and biased."""
     # tokens change fastest, so that a tile of weights is read again while it is in the cache
@@ -81,6 +84,11 @@ def tile_kernel(
     w_row = w_ptr + tl.minimum(n, outs - 1).to(tl.int64)[:, None] * row_bytes
     x_row = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[None, :] * inner
     depth = tl.arange(0, DEPTH)
+    if EARLY and not RAW:  # loaded now, they would take registers all along
+        prefetch(w_scale_ptr + (tile // token_tiles) * OUTPUTS, 4 * OUTPUTS)
+        if HAS_BIAS:
+            prefetch(bias_ptr + (tile // token_tiles) * OUTPUTS, 4 * OUTPUTS)
+    wait(EARLY)
 
     steps = tl.cdiv(row_bytes, DEPTH)
     first = part * tl.cdiv(steps, SPLIT)
@@ -146,6 +154,7 @@ _LARGE = {
 }
 
 _MAX_SPLIT = 16
+_EARLY_TOKENS = 128  # with more, a program takes too long for its start to matter
 
 
 def _tiles(config: TileConfig, rows: int, outs: int) -> int:
@@ -199,6 +208,7 @@ def tile_linear(
         counter = counters(x.device)
         size = tiles * config.split * config.outputs * config.tokens
         partial = torch.empty(size, dtype=torch.int32, device=x.device)
+    early = rows <= _EARLY_TOKENS and launches_early(x.device)
     even = row_bytes % config.depth == 0 and inner == row_bytes * (2 if packed else 1)
     tile_kernel[(tiles * config.split,)](
         x,
@@ -223,8 +233,10 @@ def tile_linear(
         TOKENS=config.tokens,
         DEPTH=config.depth,
         SPLIT=config.split,
+        EARLY=early,
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # each operation of the epilogue rounds by itself, as PyTorch's do
+        **launch_options(early),
     )
     return y

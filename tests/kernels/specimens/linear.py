@@ -30,8 +30,8 @@ def _gemv(name: str, rows: int, outs: int, inner: int, packed: bool = True, earl
     )
 
 
-def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True) -> Specimen:
-    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even}
+def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True, early: bool = False) -> Specimen:
+    constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even, "EARLY": early}
     constants |= {"OUTPUTS": config.outputs, "TOKENS": config.tokens, "DEPTH": config.depth, "SPLIT": config.split}
     sizes = ("rows", "inner", "row_bytes", "token_tiles")
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8" if packed else "*i8", "partial_ptr": "*i32", "counter_ptr": "*i32"}
@@ -39,12 +39,14 @@ def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True)
         constants |= {"partial_ptr": None, "counter_ptr": None}
         pointers = {name: pointers[name] for name in ("x_ptr", "w_ptr")}
     aligned = (*_ALIGNED, "inner", "row_bytes") if even else ()
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     return Specimen(
         name=f"linear tile {name}",
         kernel=tile_kernel,
         types=_COMMON | pointers | dict.fromkeys(sizes, "i32"),
         constants=constants,
-        options={"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False},
+        options=options | ({"launch_pdl": True} if early else {}),
+        minimum_arch=90 if early else 80,
         aligned=aligned,
     )
 
@@ -65,6 +67,7 @@ SPECIMENS = [
     *(_gemv(f"int8 head of {rows} rows", rows, 128256, 4096, packed=False) for rows in (2, 8)),
     _gemv("launched early", 1, 4096, 4096, early=True),
     *_chosen_tiles(),
+    _tile("launched early", TileConfig(64, 32, 256, 2, 4, 3), early=True),
     _tile("odd", TileConfig(64, 16, 128, 2, 4, 4), even=False),
     *(
         Specimen(
