@@ -97,9 +97,9 @@ class ResultsFile:
         device = re.sub(r"[^a-z0-9]+", "-", results.device.lower()).strip("-")
         device = "cpu" if device.startswith("cpu") else device
         stem = f"{results.benchmark}-{when}-{device}"
-        # two runs within one second: the second one waits for no one and takes the next free name
-        names = (f"{stem}{suffix}.json" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
-        self.path = next(folder / name for name in names if not (folder / name).exists())
+        self._names = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+        self.path = next(path for path in self._names if not path.exists())
+        self._is_ours = False
 
     @classmethod
     def go_on(cls, results: Results, folder: str | os.PathLike[str] = RESULTS) -> "ResultsFile":
@@ -118,7 +118,7 @@ class ResultsFile:
             names = ("commit", "device", "versions")
             differing = [name for name in names if getattr(found, name) != getattr(results, name)]
             if not differing:
-                file.path = path
+                file.path, file._is_ours = path, True
                 file.results = replace(found, rows=[row for row in found.rows if row.get("error") is None])
                 break
             logger.warning("%s is of the same command, but of another %s: a new file", path.name, ", ".join(differing))
@@ -137,6 +137,13 @@ class ResultsFile:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(text + "\n", encoding="utf-8")
+            # of two runs that began in one second, the one that writes first has the name and the other takes the next
+            while not self._is_ours:
+                try:
+                    os.link(temporary, self.path)
+                    self._is_ours = True
+                except FileExistsError:
+                    self.path = next(self._names)
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -67,6 +67,15 @@ class TestResultsFile:
         assert first.path != second.path
         assert [results.rows for results in load_results("accuracy", tmp_path)] == [[{"seed": 0}], [{"seed": 1}]]
 
+    def test_both_of_one_second_begun_before_either_wrote(self, tmp_path):
+        files = [ResultsFile(results_of("2026-01-02T03:04:05Z", []), tmp_path) for _ in range(3)]
+        for seed in (0, 1):
+            for file in reversed(files):
+                file.append({"seed": seed})
+        assert len({file.path for file in files}) == 3
+        assert [len(results.rows) for results in load_results("accuracy", tmp_path)] == [2, 2, 2]
+        assert len(os.listdir(tmp_path)) == 3
+
     def test_interrupted_run_keeps_its_rows(self, tmp_path, monkeypatch):
         file = write(results_of("2026-01-02T03:04:05Z", [{"seed": 0}, {"seed": 1}]), tmp_path)
 
