@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, groupby, islice
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -88,7 +89,6 @@ class PrefixReport:
         return asdict(self)
 
 
-@torch.inference_mode()
 def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] = ()) -> Tensor:
     """R_i = M_i / median(M) of every token at every layer, M_i its largest |activation| at the down_proj input.
 
@@ -103,6 +103,14 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
     Raises:
         ValueError: an activation is NaN or Inf.
     """
+    return _ratios_and_loss(model, ids, prefix_ids, 0)[0]
+
+
+@torch.inference_mode()
+def _ratios_and_loss(
+    model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int], compared: int
+) -> tuple[Tensor, float]:
+    """See `token_ratios`; and the mean cross-entropy of the first `compared` tokens but one, in nats: 0 for none."""
     family = family_of(model)
     rows: list[Tensor] = []
     first = len(prefix_ids)
@@ -112,9 +120,16 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
 
     layers = model.get_submodule(family.layers)
     hooks = [layer.get_submodule(family.down).register_forward_pre_hook(observe) for layer in layers]
+    full = torch.cat((torch.tensor(prefix_ids, dtype=torch.int64), ids.cpu())).unsqueeze(0).to(model.device)
+    targets = full[0, first + 1 : first + compared]
+    loss = 0.0
     try:
-        full = torch.cat((torch.tensor(prefix_ids, dtype=torch.int64), ids.cpu())).unsqueeze(0)
-        model.base_model(full.to(model.device), use_cache=False)
+        if len(targets):
+            kept = torch.arange(first, first + len(targets), device=model.device)
+            logits = model(full, use_cache=False, logits_to_keep=kept).logits[0]
+            loss = float(torch.nn.functional.cross_entropy(logits.float(), targets))
+        else:
+            model.base_model(full, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -126,7 +141,7 @@ def token_ratios(model: PreTrainedModel, ids: Tensor, prefix_ids: Sequence[int] 
             f"model: the down_proj input of layer {layer} is NaN or Inf on the calibration data; check the weights, "
             "or load the model in a wider dtype."
         )
-    return maxima / maxima.median(dim=1, keepdim=True).values.clamp_min(1e-30)
+    return maxima / maxima.median(dim=1, keepdim=True).values.clamp_min(1e-30), loss
 
 
 def outlier_statistics(model: PreTrainedModel, windows: Tensor, progress: bool = False) -> OutlierStatistics:
@@ -187,13 +202,43 @@ def worst_ratios(
     }
 
 
-def _holds(model: PreTrainedModel, inputs: dict[str, list[Tensor]], prefix_ids: Sequence[int]) -> bool:
-    """Whether no token of any input is an outlier; stops at the first that is, hardest kinds first."""
-    return all(
-        float(token_ratios(model, ids, prefix_ids).max()) <= OUTLIER_THRESHOLD
-        for kind in reversed(inputs)
-        for ids in inputs[kind]
-    )
+@dataclass(frozen=True)
+class _Trial:
+    """A prefix, and what was found behind it.
+
+    Attributes:
+        prefix_ids: the prefix.
+        ratios: largest token ratio by kind of check input.
+        loss: of the calibration text behind it, in nats a token; None where that was not looked at.
+    """
+
+    prefix_ids: tuple[int, ...]
+    ratios: dict[str, float]
+    loss: float | None
+
+
+def _try(
+    model: PreTrainedModel,
+    inputs: dict[str, list[Tensor]],
+    windows: Sequence[Tensor],
+    prefix_ids: tuple[int, ...],
+) -> _Trial | None:
+    """None if a token is an outlier, at the first that is: hardest kinds first, calibration windows last."""
+    ratios = {}
+    for kind in reversed(inputs):
+        ratios[kind] = 0.0
+        for ids in inputs[kind]:
+            ratios[kind] = max(ratios[kind], float(token_ratios(model, ids, prefix_ids).max()))
+            if ratios[kind] > OUTLIER_THRESHOLD:
+                return None
+    losses = []
+    for index, ids in enumerate(windows):
+        compared = min(_COMPARED_LENGTH, len(ids)) if index < _COMPARED_WINDOWS else 0
+        found, loss = _ratios_and_loss(model, ids, prefix_ids, compared)
+        if float(found.max()) > OUTLIER_THRESHOLD:
+            return None
+        losses += [loss] if compared else []
+    return _Trial(prefix_ids, {kind: ratios[kind] for kind in inputs}, fmean(losses) if losses else None)
 
 
 def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> list[int]:
@@ -233,21 +278,20 @@ def find_prefix(
     inputs = _check_inputs(tokenizer, windows, bos_id)
     before = worst_ratios(model, inputs)
     if prefix_ids is not None:
-        chosen, rule, statistics = tuple(prefix_ids), None, None
+        rule, statistics, trial = None, None, _Trial(tuple(prefix_ids), worst_ratios(model, inputs, prefix_ids), None)
     else:
         statistics = outlier_statistics(model, windows, progress=progress)
         rule = prefix_by_rule(statistics, bos_id)
-        chosen = _choose(model, inputs, windows, rule, _ordinary_tokens(tokenizer, windows))
-    after = worst_ratios(model, inputs, chosen)
-    failing = {kind: round(ratio, 1) for kind, ratio in after.items() if ratio > OUTLIER_THRESHOLD}
+        trial = _choose(model, inputs, windows, rule, _ordinary_tokens(tokenizer, windows))
+    failing = {kind: round(ratio, 1) for kind, ratio in trial.ratios.items() if ratio > OUTLIER_THRESHOLD}
     if failing:
         warnings.warn(
-            f"prefix {chosen}: outlier tokens are left, token ratio by kind of input {failing}, threshold "
+            f"prefix {trial.prefix_ids}: outlier tokens are left, token ratio by kind of input {failing}, threshold "
             f"{OUTLIER_THRESHOLD:.0f}; static scales will suffer there. Try other prefix_ids, or mode='dynamic'.",
             PrefixWarning,
             stacklevel=2,
         )
-    return PrefixReport(chosen, rule, statistics, before, after)
+    return PrefixReport(trial.prefix_ids, rule, statistics, before, trial.ratios)
 
 
 def candidates(rule: Sequence[int], ordinary: Sequence[int]) -> list[tuple[int, ...]]:
@@ -268,32 +312,22 @@ def _choose(
     windows: Tensor,
     rule: tuple[int, ...],
     ordinary: list[int],
-) -> tuple[int, ...]:
+) -> _Trial:
     """The shortest prefix that holds and, of several, the one behind which the text is likeliest.
 
     A prefix is context that the text does not have: the shorter it is, the less it changes what the model says. It has
     to hold on all calibration windows, as the rule has seen all of them; where none does, on the other inputs at least;
     else it is the rule's.
     """
-    everything = {"calibration": list(windows)} | inputs
-    trials = candidates(rule, ordinary)
-    for _, same_length in groupby(trials, key=len):
-        holding = list(islice((trial for trial in same_length if _holds(model, everything, trial)), _COMPARED))
+    found = candidates(rule, ordinary)
+    for _, same_length in groupby(found, key=len):
+        trials = (_try(model, inputs, list(windows), prefix_ids) for prefix_ids in same_length)
+        holding = list(islice((trial for trial in trials if trial is not None), _COMPARED))
         if holding:
-            return min(holding, key=lambda trial: _cross_entropy(model, windows, trial))
-    return next((trial for trial in trials if len(trial) >= len(rule) and _holds(model, inputs, trial)), rule)
-
-
-@torch.inference_mode()
-def _cross_entropy(model: PreTrainedModel, windows: Tensor, prefix_ids: tuple[int, ...]) -> float:
-    """Mean over the tokens at the beginning of some windows, nats."""
-    first, total = len(prefix_ids), 0.0
-    some = windows[:_COMPARED_WINDOWS, :_COMPARED_LENGTH].cpu()
-    for ids in some:
-        full = torch.cat((torch.tensor(prefix_ids, dtype=torch.int64), ids)).to(model.device)
-        logits = model(full[None, :-1], use_cache=False).logits[0, first:]
-        total += float(torch.nn.functional.cross_entropy(logits.float(), full[first + 1 :]))
-    return total / len(some)
+            return min(holding, key=lambda trial: trial.loss)
+    trials = (_try(model, inputs, (), prefix_ids) for prefix_ids in found if len(prefix_ids) >= len(rule))
+    holding = next((trial for trial in trials if trial is not None), None)
+    return holding or _Trial(rule, worst_ratios(model, inputs, rule), None)
 
 
 def _check_ids(prefix_ids: Sequence[int], vocab_size: int) -> None:

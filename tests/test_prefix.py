@@ -1,6 +1,7 @@
 """The outlier statistic, the rule, and the check of the prefix; on a decoder with a planted outlier and on SmolLM2."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ import pq_ao
 from pq_ao.prefix import (
     OUTLIER_THRESHOLD,
     OutlierStatistics,
+    PrefixWarning,
+    _check_inputs,
     bos_role,
     candidates,
     find_prefix,
     outlier_statistics,
     prefix_by_rule,
     token_ratios,
+    worst_ratios,
 )
 
 OUTLIER = 70  # id of the token that the planted decoder answers with a huge activation
@@ -77,10 +81,12 @@ def test_candidates_are_shortest_first_then_without_ordinary_tokens_then_by_freq
 def test_superfluous_tokens_are_left_out(planted, tiny_tokenizer, monkeypatch, enough, holds_on_windows, chosen):
     rule = (OUTLIER, 71, 0)
 
-    def holds(model, inputs, prefix) -> bool:
-        return prefix == rule or (prefix in enough and (holds_on_windows or "calibration" not in inputs))
+    def found(model, ids, prefix, compared) -> tuple[torch.Tensor, float]:
+        is_window = compared > 0
+        holds = prefix == rule or (prefix in enough and (holds_on_windows or not is_window))
+        return torch.full((1, len(ids)), 1.0 if holds else 1000.0), 0.0
 
-    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_holds", holds)
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", found)
     monkeypatch.setattr(sys.modules["pq_ao.prefix"], "prefix_by_rule", lambda statistics, bos_id: rule)
     windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     report = find_prefix(planted, tiny_tokenizer, windows)
@@ -92,7 +98,13 @@ def test_of_several_prefixes_the_one_behind_which_text_is_likeliest_is_taken(mak
     with torch.no_grad():
         model.lm_head.weight *= 20  # logits that the prefix moves
     pairs = [(9, 0), (0, 9), (12, 0)]
-    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_holds", lambda model, inputs, prefix: prefix in pairs)
+    real = sys.modules["pq_ao.prefix"]._ratios_and_loss
+
+    def only_pairs_hold(model, ids, prefix, compared) -> tuple[torch.Tensor, float]:
+        ratios, loss = real(model, ids, prefix, compared)
+        return torch.full_like(ratios, 1.0 if prefix in (*pairs, ()) else 1000.0), loss
+
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", only_pairs_hold)
     monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ordinary_tokens", lambda tokenizer, windows: [9, 12])
 
     def loss(prefix) -> float:
@@ -105,6 +117,19 @@ def test_of_several_prefixes_the_one_behind_which_text_is_likeliest_is_taken(mak
     losses = {pair: loss(pair) for pair in pairs}
     assert len(set(losses.values())) == 3
     assert find_prefix(model, tiny_tokenizer, windows).prefix_ids == min(losses, key=losses.get)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_report_has_the_ratios_that_a_forward_of_each_input_gives(make_tiny, planted, tiny_tokenizer, holds):
+    model = make_tiny("llama") if holds else planted  # whose outlier is a letter of the conversation
+    windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with nullcontext() if holds else pytest.warns(PrefixWarning):
+        report = find_prefix(model, tiny_tokenizer, windows)
+    inputs = _check_inputs(tiny_tokenizer, windows, bos_role(tiny_tokenizer))
+    assert (max(report.ratios_after.values()) <= OUTLIER_THRESHOLD) == holds
+    assert report.ratios_before == worst_ratios(model, inputs)
+    assert report.ratios_after == worst_ratios(model, inputs, report.prefix_ids)
+    assert list(report.ratios_after) == list(inputs)
 
 
 def test_model_without_outliers_gets_bos_alone():
