@@ -217,28 +217,43 @@ class _Trial:
     loss: float | None
 
 
-def _try(
-    model: PreTrainedModel,
-    inputs: dict[str, list[Tensor]],
-    windows: Sequence[Tensor],
-    prefix_ids: tuple[int, ...],
-) -> _Trial | None:
-    """None if a token is an outlier, at the first that is: hardest kinds first, calibration windows last."""
-    ratios = {}
-    for kind in reversed(inputs):
-        ratios[kind] = 0.0
-        for ids in inputs[kind]:
-            ratios[kind] = max(ratios[kind], float(token_ratios(model, ids, prefix_ids).max()))
-            if ratios[kind] > OUTLIER_THRESHOLD:
-                return None
-    losses = []
+@dataclass(frozen=True)
+class _Probe:
+    """A sequence that a prefix has to hold on.
+
+    Attributes:
+        ids: int64 [T].
+        kind: of check input; None for a calibration window.
+        compared: first tokens whose loss is looked at.
+    """
+
+    ids: Tensor
+    kind: str | None = None
+    compared: int = 0
+
+
+def _probes(inputs: dict[str, list[Tensor]], windows: Tensor) -> list[_Probe]:
+    """Hardest kinds first, calibration windows last."""
+    probes = [_Probe(ids, kind) for kind in reversed(inputs) for ids in inputs[kind]]
     for index, ids in enumerate(windows):
         compared = min(_COMPARED_LENGTH, len(ids)) if index < _COMPARED_WINDOWS else 0
-        found, loss = _ratios_and_loss(model, ids, prefix_ids, compared)
-        if float(found.max()) > OUTLIER_THRESHOLD:
+        probes.append(_Probe(ids, compared=compared))
+    return probes
+
+
+def _try(model: PreTrainedModel, probes: list[_Probe], prefix_ids: tuple[int, ...]) -> _Trial | None:
+    """None if a token is an outlier; the probe that has it comes first from then on, as it may refuse others, too."""
+    ratios, losses = {}, []
+    for index, probe in enumerate(probes):
+        found, loss = _ratios_and_loss(model, probe.ids, prefix_ids, probe.compared)
+        ratio = float(found.max())
+        if ratio > OUTLIER_THRESHOLD:
+            probes.insert(0, probes.pop(index))
             return None
-        losses += [loss] if compared else []
-    return _Trial(prefix_ids, {kind: ratios[kind] for kind in inputs}, fmean(losses) if losses else None)
+        if probe.kind is not None:
+            ratios[probe.kind] = max(ratios.get(probe.kind, 0.0), ratio)
+        losses += [loss] if probe.compared else []
+    return _Trial(prefix_ids, ratios, fmean(losses) if losses else None)
 
 
 def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> list[int]:
@@ -283,7 +298,8 @@ def find_prefix(
         statistics = outlier_statistics(model, windows, progress=progress)
         rule = prefix_by_rule(statistics, bos_id)
         trial = _choose(model, inputs, windows, rule, _ordinary_tokens(tokenizer, windows))
-    failing = {kind: round(ratio, 1) for kind, ratio in trial.ratios.items() if ratio > OUTLIER_THRESHOLD}
+    after = {kind: trial.ratios[kind] for kind in inputs}
+    failing = {kind: round(ratio, 1) for kind, ratio in after.items() if ratio > OUTLIER_THRESHOLD}
     if failing:
         warnings.warn(
             f"prefix {trial.prefix_ids}: outlier tokens are left, token ratio by kind of input {failing}, threshold "
@@ -291,7 +307,7 @@ def find_prefix(
             PrefixWarning,
             stacklevel=2,
         )
-    return PrefixReport(trial.prefix_ids, rule, statistics, before, trial.ratios)
+    return PrefixReport(trial.prefix_ids, rule, statistics, before, after)
 
 
 def candidates(rule: Sequence[int], ordinary: Sequence[int]) -> list[tuple[int, ...]]:
@@ -320,12 +336,14 @@ def _choose(
     else it is the rule's.
     """
     found = candidates(rule, ordinary)
+    probes = _probes(inputs, windows)
     for _, same_length in groupby(found, key=len):
-        trials = (_try(model, inputs, list(windows), prefix_ids) for prefix_ids in same_length)
+        trials = (_try(model, probes, prefix_ids) for prefix_ids in same_length)
         holding = list(islice((trial for trial in trials if trial is not None), _COMPARED))
         if holding:
             return min(holding, key=lambda trial: trial.loss)
-    trials = (_try(model, inputs, (), prefix_ids) for prefix_ids in found if len(prefix_ids) >= len(rule))
+    probes = [probe for probe in probes if probe.kind is not None]
+    trials = (_try(model, probes, prefix_ids) for prefix_ids in found if len(prefix_ids) >= len(rule))
     holding = next((trial for trial in trials if trial is not None), None)
     return holding or _Trial(rule, worst_ratios(model, inputs, rule), None)
 

@@ -119,6 +119,24 @@ def test_of_several_prefixes_the_one_behind_which_text_is_likeliest_is_taken(mak
     assert find_prefix(model, tiny_tokenizer, windows).prefix_ids == min(losses, key=losses.get)
 
 
+def test_a_sequence_that_refused_a_prefix_is_asked_first(make_tiny, tiny_tokenizer, monkeypatch):
+    windows = torch.randint(80, 300, (12, 40), generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def the_tenth_refuses_all_but_two(model, ids, prefix, compared) -> tuple[torch.Tensor, float]:
+        asked.append((prefix, torch.equal(ids, windows[9])))
+        refused = asked[-1][1] and prefix not in ((), (9, 0))
+        return torch.full((1, len(ids)), 1000.0 if refused else 1.0), 0.0
+
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", the_tenth_refuses_all_but_two)
+    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ordinary_tokens", lambda tokenizer, windows: [8, 9, 12])
+    assert find_prefix(make_tiny("llama"), tiny_tokenizer, windows).prefix_ids == (9, 0)
+    tried = {prefix: [is_tenth for other, is_tenth in asked if other == prefix] for prefix, _ in asked if prefix}
+    assert tried.pop((0,)) == [False] * (len(tried[9, 0]) - 3) + [True]  # in its turn: two windows are behind it
+    assert sorted(tried.pop((9, 0))) == [False] * (len(windows) + 6) + [True]
+    assert set(tried) == {(8, 0), (0, 8), (0, 9), (12, 0), (0, 12)} and set(map(tuple, tried.values())) == {(True,)}
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_report_has_the_ratios_that_a_forward_of_each_input_gives(make_tiny, planted, tiny_tokenizer, holds):
     model = make_tiny("llama") if holds else planted  # whose outlier is a letter of the conversation
