@@ -1,5 +1,7 @@
 """Fine-tuning of all blocks together: what it gains, what it leaves alone, and how it stops."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
@@ -35,6 +37,26 @@ def _sharp(make_tiny, family="llama"):
     return model
 
 
+@pytest.fixture(scope="module")
+def untrained(make_tiny, tiny_tokenizer, english):
+    """The static llama that training all blocks together begins with, not to be changed."""
+    model = _sharp(make_tiny)
+    _calibrate(model, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
+    return model
+
+
+@pytest.fixture(scope="module")
+def gained(make_tiny, tiny_tokenizer, english):
+    """`gained(family, mode)`: what GAINING makes of it, not to be changed, and the record; each is trained once."""
+
+    @cache
+    def calibrate(family, mode):
+        model = _sharp(make_tiny, family)
+        return model, _calibrate(model, tiny_tokenizer, english, mode, GAINING, search="none")
+
+    return calibrate
+
+
 def _tensors(model):
     return [block_tensors(layer) for layer in model.model.layers]
 
@@ -42,9 +64,8 @@ def _tensors(model):
 @pytest.mark.parametrize(
     ("family", "mode"), [("llama", "static"), ("llama", "dynamic"), ("qwen2", "static"), ("qwen3", "static")]
 )
-def test_integers_come_nearer_to_the_logits_of_floating_point(make_tiny, tiny_tokenizer, english, family, mode):
-    model = _sharp(make_tiny, family)
-    record = _calibrate(model, tiny_tokenizer, english, mode, GAINING, search="none")
+def test_integers_come_nearer_to_the_logits_of_floating_point(gained, family, mode):
+    record = gained(family, mode)[1]
     history = record.end_to_end
     assert history["stopped"] is None and len(history["validation"]) == 4
     assert history["validation"][history["kept"] - 1] < 0.95 * history["before"]
@@ -52,11 +73,11 @@ def test_integers_come_nearer_to_the_logits_of_floating_point(make_tiny, tiny_to
 
 
 @pytest.mark.parametrize("finetune", [GAINING, WEIGHTS_TOO, PREFIX_TOO], ids=["scales", "weights-too", "prefix-too"])
-def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny_tokenizer, english, finetune):
+def test_the_loss_is_the_divergence_that_the_quantized_model_has(
+    make_tiny, tiny_tokenizer, english, untrained, finetune
+):
     """What training saw on its validation windows is what integers give on them."""
-    floating, model = _sharp(make_tiny), _sharp(make_tiny)
-    _calibrate(floating, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
-    windows = []
+    model, windows = _sharp(make_tiny), []
     draw = calibration.calibration_windows
 
     def keep(*args):
@@ -68,7 +89,7 @@ def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny
         history = _calibrate(model, tiny_tokenizer, english, finetune=finetune, search="none").end_to_end
     held_out = windows[0][SMALL["num_sequences"] :]
     with torch.no_grad():
-        exact = log_softmax(floating(held_out).logits.float(), dim=-1)
+        exact = log_softmax(untrained(held_out).logits.float(), dim=-1)
         quantize_(model, prefixquant_config())
         ours = log_softmax(model(held_out).logits.float(), dim=-1)
     found = float(kl_div(ours, exact, reduction="sum", log_target=True) / held_out.numel())
@@ -77,10 +98,9 @@ def test_the_loss_is_the_divergence_that_the_quantized_model_has(make_tiny, tiny
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_codes_shifts_and_floating_point_stay(make_tiny, tiny_tokenizer, english, mode):
-    apart, together = _sharp(make_tiny), _sharp(make_tiny)
+def test_codes_shifts_and_floating_point_stay(make_tiny, tiny_tokenizer, english, gained, mode):
+    apart, together = _sharp(make_tiny), gained("llama", mode)[0]
     _calibrate(apart, tiny_tokenizer, english, mode, BLOCKWISE | UNTRAINED, search="none")
-    _calibrate(together, tiny_tokenizer, english, mode, GAINING, search="none")
     for before, after in zip(_tensors(apart), _tensors(together), strict=True):
         changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
         quantizers = {"key_scale", "value_scale"} if mode == "static" else {"clip", "key_clip", "value_clip"}
@@ -89,12 +109,11 @@ def test_codes_shifts_and_floating_point_stay(make_tiny, tiny_tokenizer, english
         assert torch.equal(apart(IDS).logits, together(IDS).logits)
 
 
-def test_weights_with_a_rate_of_their_own_change_codes_too(make_tiny, tiny_tokenizer, english):
-    apart, together = _sharp(make_tiny), _sharp(make_tiny)
-    _calibrate(apart, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
+def test_weights_with_a_rate_of_their_own_change_codes_too(make_tiny, tiny_tokenizer, english, untrained):
+    together = _sharp(make_tiny)
     record = _calibrate(together, tiny_tokenizer, english, finetune=WEIGHTS_TOO, search="none")
     assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_weight_rate == 0.003
-    for before, after in zip(_tensors(apart), _tensors(together), strict=True):
+    for before, after in zip(_tensors(untrained), _tensors(together), strict=True):
         assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith(".codes"))
 
 
@@ -103,12 +122,11 @@ def _prefixes(model):
     return [tensor for attention in attentions for tensor in (attention.prefix_k, attention.prefix_v)]
 
 
-def test_the_prefix_learns_where_it_has_a_rate_of_its_own(make_tiny, tiny_tokenizer, english):
-    given, learned = _sharp(make_tiny), _sharp(make_tiny)
-    _calibrate(given, tiny_tokenizer, english, finetune=BLOCKWISE | UNTRAINED, search="none")
+def test_the_prefix_learns_where_it_has_a_rate_of_its_own(make_tiny, tiny_tokenizer, english, untrained):
+    learned = _sharp(make_tiny)
     record = _calibrate(learned, tiny_tokenizer, english, finetune=PREFIX_TOO, search="none")
     assert record.end_to_end["kept"] > 0 and record.finetune.end_to_end_prefix_rate == 0.005
-    for before, after in zip(_prefixes(given), _prefixes(learned), strict=True):
+    for before, after in zip(_prefixes(untrained), _prefixes(learned), strict=True):
         assert before.shape == after.shape and before.dtype == after.dtype and not torch.equal(before, after)
 
 
@@ -123,7 +141,8 @@ def test_a_rate_for_a_prefix_that_is_not_there_trains_the_rest_alone(make_tiny, 
 
 def test_same_seed_same_bytes(make_tiny, tiny_tokenizer, english):
     models = [_sharp(make_tiny) for _ in range(2)]
-    records = [_calibrate(model, tiny_tokenizer, english) for model in models]
+    finetune = TOGETHER | {"end_to_end_epochs": 2}
+    records = [_calibrate(model, tiny_tokenizer, english, finetune=finetune) for model in models]
     assert records[0].end_to_end == records[1].end_to_end
     first, second = map(_tensors, models)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
@@ -139,6 +158,6 @@ def test_a_rate_far_too_high_keeps_the_state_of_before(make_tiny, tiny_tokenizer
     assert all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
 
 
-def test_no_epochs_is_no_training(make_tiny, tiny_tokenizer, english):
-    record = _calibrate(make_tiny("llama"), tiny_tokenizer, english, finetune=BLOCKWISE)
+def test_no_epochs_is_no_training(untrained):
+    record = untrained.calibration_record
     assert record.end_to_end is None and record.end_to_end_seconds == 0
