@@ -28,7 +28,8 @@ from pq_ao.fingerprint import fingerprint
 from pq_ao.journal import CalibrationJournal
 from pq_ao.linears import CalibratedLinear
 from pq_ao.modules import on_path, path_switches
-from pq_ao.prefix import PrefixReport, find_prefix, outlier_statistics
+from pq_ao.outliers import outlier_statistics
+from pq_ao.prefix import PrefixReport, find_prefix
 from pq_ao.quantizers import Path
 from pq_ao.rotation import begin_rotation, check_weights
 from pq_ao.rounding import ROUNDINGS

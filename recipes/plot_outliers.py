@@ -16,8 +16,9 @@ import torch
 
 import pq_ao
 from pq_ao.data import EMBEDDED, calibration_windows, token_ids
+from pq_ao.outliers import OUTLIER_THRESHOLD, token_ratios
 from pq_ao.plots import plot_outliers
-from pq_ao.prefix import OUTLIER_THRESHOLD, find_prefix, token_ratios
+from pq_ao.prefix import find_prefix
 from recipes.calibration_options import add_data_options, calibration_data, file_text
 from recipes.models import add_original_options, load_original
 from recipes.terminal import columns, count, run, step

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import pq_ao
 from pq_ao.data import load_text, token_ids
 from pq_ao.evaluation import PerplexityResult
+from pq_ao.outliers import OUTLIER_THRESHOLD, token_ratios
 from pq_ao.plots import plot_outliers
-from pq_ao.prefix import OUTLIER_THRESHOLD, token_ratios
 from recipes.smollm2 import smollm2_folder
 from recipes.terminal import count, run, step, whole
 

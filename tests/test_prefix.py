@@ -7,17 +7,20 @@ import pytest
 import torch
 
 import pq_ao
-from pq_ao.prefix import (
+from pq_ao.outliers import (
     OUTLIER_THRESHOLD,
     OutlierStatistics,
+    outlier_statistics,
+    ratios_and_loss,
+    token_ratios,
+)
+from pq_ao.prefix import (
     PrefixWarning,
     _check_inputs,
     bos_role,
     candidates,
     find_prefix,
-    outlier_statistics,
     prefix_by_rule,
-    token_ratios,
     worst_ratios,
 )
 
@@ -38,6 +41,11 @@ def planted(make_tiny):
             linear.weight[0] = 0
             linear.weight[0, 0] = 10
     return model
+
+
+def _replace_ratios(monkeypatch, found):
+    for name in ("pq_ao.outliers", "pq_ao.prefix"):
+        monkeypatch.setattr(sys.modules[name], "ratios_and_loss", found)
 
 
 def _statistics(counts, frequencies, sequences=10):
@@ -86,7 +94,7 @@ def test_superfluous_tokens_are_left_out(planted, tiny_tokenizer, monkeypatch, e
         holds = prefix == rule or (prefix in enough and (holds_on_windows or not is_window))
         return torch.full((1, len(ids)), 1.0 if holds else 1000.0), 0.0
 
-    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", found)
+    _replace_ratios(monkeypatch, found)
     monkeypatch.setattr(sys.modules["pq_ao.prefix"], "prefix_by_rule", lambda statistics, bos_id: rule)
     windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     report = find_prefix(planted, tiny_tokenizer, windows)
@@ -98,13 +106,12 @@ def test_of_several_prefixes_the_one_behind_which_text_is_likeliest_is_taken(mak
     with torch.no_grad():
         model.lm_head.weight *= 20  # logits that the prefix moves
     pairs = [(9, 0), (0, 9), (12, 0)]
-    real = sys.modules["pq_ao.prefix"]._ratios_and_loss
 
     def only_pairs_hold(model, ids, prefix, compared) -> tuple[torch.Tensor, float]:
-        ratios, loss = real(model, ids, prefix, compared)
+        ratios, loss = ratios_and_loss(model, ids, prefix, compared)
         return torch.full_like(ratios, 1.0 if prefix in (*pairs, ()) else 1000.0), loss
 
-    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", only_pairs_hold)
+    _replace_ratios(monkeypatch, only_pairs_hold)
     monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ordinary_tokens", lambda tokenizer, windows: [9, 12])
 
     def loss(prefix) -> float:
@@ -128,7 +135,7 @@ def test_a_sequence_that_refused_a_prefix_is_asked_first(make_tiny, tiny_tokeniz
         refused = asked[-1][1] and prefix not in ((), (9, 0))
         return torch.full((1, len(ids)), 1000.0 if refused else 1.0), 0.0
 
-    monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ratios_and_loss", the_tenth_refuses_all_but_two)
+    _replace_ratios(monkeypatch, the_tenth_refuses_all_but_two)
     monkeypatch.setattr(sys.modules["pq_ao.prefix"], "_ordinary_tokens", lambda tokenizer, windows: [8, 9, 12])
     assert find_prefix(make_tiny("llama"), tiny_tokenizer, windows).prefix_ids == (9, 0)
     tried = {prefix: [is_tenth for other, is_tenth in asked if other == prefix] for prefix, _ in asked if prefix}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pq_ao
 from pq_ao.data import load_text, token_ids
-from pq_ao.prefix import OUTLIER_THRESHOLD
+from pq_ao.outliers import OUTLIER_THRESHOLD, token_ratios
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +79,8 @@ def test_prefix_without_an_ordinary_token_beside_bos_does_not_hold(smollm2, toke
     ids = token_ids(tokenizer, load_text("embedded"))[:128]
     bos = tokenizer.bos_token_id
     with_bos = torch.cat((torch.tensor([bos]), ids))
-    assert float(pq_ao.prefix.token_ratios(model, ids, (bos,)).max()) < 100
-    assert float(pq_ao.prefix.token_ratios(model, with_bos, (bos,)).max()) > 1000
+    assert float(token_ratios(model, ids, (bos,)).max()) < 100
+    assert float(token_ratios(model, with_bos, (bos,)).max()) > 1000
 
 
 def test_accuracy_has_not_become_worse_and_is_that_of_the_reference_path(

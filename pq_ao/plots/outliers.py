@@ -22,7 +22,7 @@ def plot_outliers(
     The file appears whole or not at all, and folders above it are made.
 
     Args:
-        before, after: positive [layers, T], such as `pq_ao.prefix.token_ratios(model, ids)` and
+        before, after: positive [layers, T], such as `pq_ao.outliers.token_ratios(model, ids)` and
             `token_ratios(model, ids, prefix_ids)`; T may differ between the two.
         path: of the picture, a PNG.
         title: heading.
