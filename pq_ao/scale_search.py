@@ -8,12 +8,12 @@ that quantizer on. Grids are plain; every run is masked causally and sees the pr
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pq_ao.block_sites import BlockSites, SiteRange
 from pq_ao.fake_quantize import fake_quantize
 from pq_ao.modules import on_path
-from pq_ao.ops.quantize import absmax_scale, centre, code_range, dequantize, nearest_codes, quantize_per_row
+from pq_ao.ops.quantize import absmax_scale, centre, code_range, code_values, dequantize, quantize_per_row
 from pq_ao.quantizers import Path
 
 # o_in wants the hardest clipping, so the grid reaches down to 0.10 for all
@@ -72,14 +72,27 @@ def _absmax_scale(absmax: float, bits: int, codes: str = "even") -> float:
 
 
 def _scale_errors(extent: SiteRange, start: float, bits: int, codes: str = "even") -> dict[float, float]:
-    """Squared error at each factor on the grid; in one piece, for a GPU waits at every number that is asked for."""
-    bins, device = extent.histogram.numel(), extent.histogram.device
-    centres = torch.arange(bins, dtype=torch.float64, device=device)
-    centres = ((centres + 0.5) * (2 / bins) - 1) * extent.absmax
+    """Squared error at each factor on the grid; in one piece, for a GPU waits at every number that is asked for.
+
+    Values between two midpoints share a code, and their error follows from their number, sum and sum of squares. All
+    three are differences of running sums over the histogram.
+    """
+    histogram = extent.histogram
+    bins, device = histogram.numel(), histogram.device
+    x = torch.arange(bins, dtype=torch.float64, device=device)
+    x = ((x + 0.5) * (2 / bins) - 1) * extent.absmax
+    moments = torch.stack((histogram, histogram * x, histogram * x.square()))
+    below = nn.functional.pad(moments.cumsum(dim=1), (1, 0))
+
+    places = torch.tensor(code_values(bits, codes), dtype=torch.float64, device=device) - centre(codes)
     scales = start * torch.tensor(_ACTIVATION_GRID, dtype=torch.float64, device=device)[:, None]
-    exact = centres / scales + centre(codes)
-    error = (torch.clamp(nearest_codes(exact.float(), codes), *code_range(bits, codes)) - exact) * scales
-    return dict(zip(_ACTIVATION_GRID, (error.square() @ extent.histogram).tolist(), strict=True))
+    midpoints = scales * (places[1:] + places[:-1]) / 2
+    edges = nn.functional.pad(torch.searchsorted(x, midpoints), (1, 0))
+    edges = nn.functional.pad(edges, (0, 1), value=bins)
+    count, total, squares = below[:, edges].diff(dim=2)
+    restored = scales * places
+    errors = (count * restored.square() - 2 * restored * total + squares).sum(dim=1)
+    return dict(zip(_ACTIVATION_GRID, errors.tolist(), strict=True))
 
 
 def _clip_errors(sites: BlockSites, site: str, bits: int) -> dict[float, float]:

@@ -34,6 +34,16 @@ def code_range(bits: int, codes: str = "even") -> tuple[int, int]:
     return -1 - OUTER_CODES[codes][-1], OUTER_CODES[codes][-1]
 
 
+def code_values(bits: int, codes: str = "even") -> list[int]:
+    """All codes in ascending order; raises as `code_range` does."""
+    low, high = code_range(bits, codes)
+    if codes == "even":
+        return list(range(low, high + 1))
+    even, *outer = OUTER_CODES[codes]
+    upper = [*range(even + 1), *outer]
+    return [-1 - code for code in reversed(upper)] + upper
+
+
 def centre(codes: str) -> float:
     """Their middle, in codes, where the mean of what is quantized belongs; even ones keep it at 0, a code."""
     return 0.0 if codes == "even" else -0.5

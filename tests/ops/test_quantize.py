@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pq_ao.ops import code_range, dequantize, quantize, quantize_per_row
-from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, absmax_scale, centre
+from pq_ao.ops.quantize import MAX_SCALE, MIN_SCALE, absmax_scale, centre, code_values
 
 ONE = torch.ones(1)
 CLIPS = (1.0, 0.8, 0.37)
@@ -22,6 +22,13 @@ def test_code_range():
     assert code_range(4) == (-8, 7)
     assert code_range(8) == (-128, 127)
     assert {codes: code_range(4, codes) for codes in UNEVEN} == {"spread": (-11, 10), "wide": (-15, 14)}
+
+
+def test_code_values():
+    assert code_values(4) == list(range(-8, 8)) and code_values(8) == list(range(-128, 128))
+    assert {codes: tuple(code_values(4, codes)) for codes in UNEVEN} == {key: tuple(UNEVEN[key]) for key in UNEVEN}
+    with pytest.raises(ValueError, match="bits=8"):
+        code_values(8, "spread")
 
 
 @pytest.mark.parametrize("codes, values", UNEVEN.items())
