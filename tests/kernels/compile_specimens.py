@@ -1,12 +1,12 @@
-"""Compiles specimens for one architecture and reports as JSON: `python -m tests.kernels.compile_specimens 90`.
+"""Compiles specimens and reports as JSON: `python -m tests.kernels.compile_specimens 80 90 --only silu`.
 
 A process of its own: the interpreter, which the other tests run kernels in, replaces the compiler for good.
 """
 
+import argparse
 import importlib
 import json
 import pkgutil
-import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -44,17 +44,26 @@ def compile_for(specimen: Specimen, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(specimen.options))
 
 
-def main(arch: int, only: str = "") -> None:
-    """Prints one JSON object: name of each specimen to its shared memory in bytes and kinds of matrix instructions."""
-    report = {}
+def report(arch: int, only: str) -> dict[str, dict]:
+    """Name of each specimen to its shared memory in bytes and kinds of matrix instructions."""
+    found = {}
     for specimen in all_specimens() if only else chosen(all_specimens(), arch):
         if arch >= specimen.minimum_arch and only in specimen.name:
             compiled = compile_for(specimen, arch)
             ptx = compiled.asm["ptx"]
             used = sorted(word for word in ("wgmma", "mma.sync", "tcgen05", "dp4a", "cp.async") if word in ptx)
-            report[specimen.name] = {"shared": compiled.metadata.shared, "instructions": used}
-    print(json.dumps(report))
+            found[specimen.name] = {"shared": compiled.metadata.shared, "instructions": used}
+    return found
+
+
+def main() -> None:
+    """Prints one JSON object: each architecture to its report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("archs", type=int, nargs="+", help="compute capabilities, such as 90")
+    parser.add_argument("--only", default="", help="specimens with this in their name, all of them on each")
+    arguments = parser.parse_args()
+    print(json.dumps({arch: report(arch, arguments.only) for arch in arguments.archs}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,30 +16,21 @@ MATRIX_UNITS = {"linear tile": "wgmma", "decode_attention": "mma.sync", "prefill
 
 
 @pytest.fixture(scope="module")
-def compilers(tmp_path_factory) -> Iterator[dict[int, subprocess.Popen]]:
-    """One process for each architecture, all at work at once.
-
-    Processes of their own: the interpreter, chosen for the other tests, replaces the compiler for good.
-    """
+def reports(tmp_path_factory) -> dict[str, dict]:
+    """What a process of its own says of each architecture: the interpreter replaces the compiler for good."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    running = {}
-    for arch in SHARED_MEMORY:
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"sm_{arch}"))
-        command = [sys.executable, "-m", "tests.kernels.compile_specimens", str(arch)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running[arch] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    yield running
-    for process in running.values():
-        process.kill()
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.kernels.compile_specimens", *map(str, SHARED_MEMORY)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_compiles(arch, compilers):
-    output, errors = compilers[arch].communicate()
-    assert compilers[arch].returncode == 0, errors[-4000:]
-    report = json.loads(output.splitlines()[-1])
+def test_compiles(arch, reports):
+    report = reports[str(arch)]
     too_large = {name: found["shared"] for name, found in report.items() if found["shared"] > SHARED_MEMORY[arch]}
     assert report and not too_large
     if arch == 90:

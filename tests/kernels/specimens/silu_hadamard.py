@@ -97,7 +97,6 @@ SPECIMENS = [
     _specimen("14336 decode, early", 14336, 28, 1, early=True),
     _specimen("14336 decode, accumulators", 14336, 28, 1, raw=True),
     _specimen("14336 prefill", 14336, 28, 8192),
-    _specimen("14336 prefill, even codes", 14336, 28, 8192, even=True),
     _specimen("14336 prefill, even codes, float8", 14336, 28, 8192, codes="fp8e4nv", even=True),
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators, float8", 14336, 28, 8192, codes="fp8e4nv", raw=True),
