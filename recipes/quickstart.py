@@ -2,16 +2,16 @@
 
     python -m recipes.quickstart            (or: make quickstart)
 
-Prints a table of perplexity and bytes, a reply of the W4A4KV4 model, and the memory that it takes; writes a picture of
-the model's outlier tokens. The text is what comes with Python, so nothing but the model is downloaded; the perplexities
-compare the rows with each other, not with numbers published on WikiText-2.
+Prints a reply of the W4A4KV4 model and the memory that it takes, then a table of perplexity and bytes; writes a picture
+of the model's outlier tokens. The text is what comes with Python, so nothing but the model is downloaded; the
+perplexities compare the rows with each other, not with numbers published on WikiText-2.
 
-Takes about six minutes on two CPU cores, up to twice as long where the CPU has no bfloat16 instructions (AVX512-BF16,
-AMX): there float32 would be faster, but the first rows are the model in its own dtype.
+On two CPU cores the reply takes two minutes and the table, with three more calibrations, seven; up to twice as long
+where the CPU has no bfloat16 instructions (AVX512-BF16, AMX): there float32 would be faster, but the first rows are the
+model in its own dtype.
 """
 
 import argparse
-import copy
 import json
 import os
 import time
@@ -53,11 +53,15 @@ class Row:
 
 
 class Quickstart:
-    """The steps, over one model in floating point; `rows` fills up by the settings' names."""
+    """The steps, over one model in `folder`; `rows` fills up by the settings' names."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace):
-        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace):
+        self.folder, self.tokenizer, self.arguments = folder, tokenizer, arguments
         self.rows: dict[str, Row] = {}
+
+    def load(self) -> PreTrainedModel:
+        """The model in floating point."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16)
 
     def perplexity(self, model: PreTrainedModel) -> PerplexityResult:
         """On the half of the embedded text that calibration does not see."""
@@ -67,9 +71,9 @@ class Quickstart:
         )
 
     def calibrate(self, config: pq_ao.PrefixQuantConfig, **options) -> PreTrainedModel:
-        """A calibrated copy of the model, not yet quantized."""
+        """A calibrated model, not yet quantized."""
         arguments = self.arguments
-        model = copy.deepcopy(self.model)
+        model = self.load()
         pq_ao.calibrate(
             model,
             self.tokenizer,
@@ -81,11 +85,11 @@ class Quickstart:
         )
         return model
 
-    def compare_float(self, calibrated: PreTrainedModel) -> None:
+    def compare_float(self, original: PreTrainedModel, calibrated: PreTrainedModel) -> None:
         """Rows of the model as loaded and of the calibrated one, which still computes in floating point."""
         step(f"{FLOAT}, {FLOAT_PREFIX}")
         report = self._memory(calibrated)
-        found = self.perplexity(self.model)
+        found = self.perplexity(original)
         self.rows[FLOAT] = Row(found.ppl, report.linear_bf16_bytes, report.kv_bf16_bytes, 0.0, found.seconds)
         found = self.perplexity(calibrated)
         seconds = calibrated.calibration_record.seconds
@@ -102,10 +106,10 @@ class Quickstart:
     def _memory(self, model: PreTrainedModel) -> pq_ao.MemoryReport:
         return pq_ao.memory(model, pq_ao.PrefixStaticCache(model, batch_size=1, max_cache_len=MEASURED_CACHE))
 
-    def picture(self, prefix_ids: tuple[int, ...]) -> Path:
+    def picture(self, original: PreTrainedModel, prefix_ids: tuple[int, ...]) -> Path:
         """Outlier tokens of the original model, without the prefix and with it."""
         ids = token_ids(self.tokenizer, load_text("embedded", "test"))[:PICTURE_TOKENS]
-        ratios = token_ratios(self.model, ids), token_ratios(self.model, ids, prefix_ids)
+        ratios = token_ratios(original, ids), token_ratios(original, ids, prefix_ids)
         return plot_outliers(*ratios, Path(self.arguments.output) / "outliers.png", threshold=OUTLIER_THRESHOLD)
 
 
@@ -162,20 +166,33 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
     step("model")
     folder = smollm2_folder(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    original_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    quickstart = Quickstart(folder, tokenizer, arguments)
+    original = quickstart.load()
+    original_bytes = sum(parameter.nbytes for parameter in original.parameters())
     ready = time.perf_counter() - started
 
-    quickstart = Quickstart(model, tokenizer, arguments)
-    config = pq_ao.prefixquant_config()  # w4a4kv4, static
     step(f"{PREFIXQUANT}: calibration")
+    config = pq_ao.prefixquant_config()  # w4a4kv4, static
     quantized = quickstart.calibrate(config)
     prefix_ids = quantized.calibration_record.prefix.prefix_ids
-    quickstart.compare_float(quantized)
-    quantize_(quantized, config)
-    quickstart.compare_quantized(PREFIXQUANT, quantized)
+    quickstart.compare_float(original, quantized)
     step("picture of the outlier tokens")
-    picture = quickstart.picture(prefix_ids)
+    picture = quickstart.picture(original, prefix_ids)
+    del original  # what is counted below is the quantized model alone
+    quantize_(quantized, config)
+
+    print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {PREFIXQUANT} is asked: {QUESTION}")
+    replying = time.perf_counter()
+    reply(quantized, tokenizer, QUESTION, arguments.new_tokens)
+    replied = time.perf_counter()
+    alive = pq_ao.live_bytes()
+    by_dtype = ", ".join(f"{dtype} {megabytes(number)}" for dtype, number in alive.most_common(3))
+    print(f"\nReply after {replied - replying:.1f} s. Tensors alive then: {megabytes(alive.total())} ({by_dtype});")
+    print(f"the weights of the bf16 model alone: {megabytes(original_bytes)}.")
+    print(f"Picture of the outlier tokens: {os.path.relpath(picture)}\n")
+
+    quickstart.compare_quantized(PREFIXQUANT, quantized)
+    del quantized
     others = {
         PREFIXQUANT_A8: (pq_ao.prefixquant_config("w4a8kv4"), prefix_ids),  # the prefix does not depend on the bits
         STATIC: (pq_ao.prefixquant_config(prefix=False), None),
@@ -187,24 +204,13 @@ def main(argv: list[str] | None = None) -> dict[str, Row]:
         quantize_(other, config)
         quickstart.compare_quantized(name, other)
 
-    print(f"\n{origin(folder)}, {model.dtype}, calibrated on {arguments.sequences} x {arguments.length} tokens.")
+    print(f"\n{origin(folder)}, {torch.bfloat16}, calibrated on {arguments.sequences} x {arguments.length} tokens.")
     print(
         f"ppl: {arguments.windows} x {arguments.eval_length} tokens of the other half of Python's language reference;"
     )
     print(f"weights: linears of the decoder blocks; KV cache: 1 x {MEASURED_CACHE} tokens, with the prefix.\n")
     print(table(quickstart.rows))
-
-    print(f"\nPrefix: {[tokenizer.decode([token]) for token in prefix_ids]}. {PREFIXQUANT} is asked: {QUESTION}")
-    del model, other, quickstart.model  # what is counted below is the quantized model alone
-    replying = time.perf_counter()
-    reply(quantized, tokenizer, QUESTION, arguments.new_tokens)
-    replied = time.perf_counter()
-    alive = pq_ao.live_bytes()
-    by_dtype = ", ".join(f"{dtype} {megabytes(number)}" for dtype, number in alive.most_common(3))
-    print(f"\nReply after {replied - replying:.1f} s. Tensors alive then: {megabytes(alive.total())} ({by_dtype});")
-    print(f"the weights of the bf16 model alone: {megabytes(original_bytes)}.")
-    print(f"Picture of the outlier tokens: {os.path.relpath(picture)}")
-    print(f"Model ready after {ready:.1f} s, everything after {time.perf_counter() - started:.1f} s.")
+    print(f"\nModel ready after {ready:.1f} s, everything after {time.perf_counter() - started:.1f} s.")
     return quickstart.rows
 
 
