@@ -1,4 +1,4 @@
-"""The outlier statistic, the rule, and the check of the prefix; on a decoder with a planted outlier and on SmolLM2."""
+"""The rule, the choice and the check of the prefix, on decoders without an outlier token and with one."""
 
 import sys
 from contextlib import nullcontext
@@ -7,13 +7,7 @@ import pytest
 import torch
 
 import pq_ao
-from pq_ao.outliers import (
-    OUTLIER_THRESHOLD,
-    OutlierStatistics,
-    outlier_statistics,
-    ratios_and_loss,
-    token_ratios,
-)
+from pq_ao.outliers import OUTLIER_THRESHOLD, OutlierStatistics, ratios_and_loss
 from pq_ao.prefix import (
     PrefixWarning,
     _check_inputs,
@@ -23,24 +17,12 @@ from pq_ao.prefix import (
     prefix_by_rule,
     worst_ratios,
 )
-
-OUTLIER = 70  # id of the token that the planted decoder answers with a huge activation
+from tests.outliers import OUTLIER, plant_outlier
 
 
 @pytest.fixture
 def planted(make_tiny):
-    """A decoder whose first layer makes an outlier of one token, wherever it stands."""
-    model = make_tiny("llama")
-    with torch.no_grad():
-        layer, table = model.model.layers[0], model.model.embed_tokens.weight
-        layer.self_attn.o_proj.weight.zero_()
-        table[:, 0] = 0  # one channel that only this token has
-        table[OUTLIER] = 0
-        table[OUTLIER, 0] = 10
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            linear.weight[0] = 0
-            linear.weight[0, 0] = 10
-    return model
+    return plant_outlier(make_tiny("llama"))
 
 
 def _replace_ratios(monkeypatch, found):
@@ -161,38 +143,6 @@ def test_model_without_outliers_gets_bos_alone():
     assert prefix_by_rule(_statistics([0.0, 0.0], []), 1) == (1,)
 
 
-def test_ratio_is_the_token_maximum_over_the_lower_median(make_tiny):
-    model = make_tiny("llama")
-    ids = torch.randint(3, 300, (10,), generator=torch.Generator().manual_seed(0))
-    seen = []
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(ids[None])
-    for hook in hooks:
-        hook.remove()
-    for row, x in zip(token_ratios(model, ids), seen, strict=True):
-        maxima = x.abs().amax(dim=-1)
-        assert torch.equal(row, maxima / maxima.sort().values[4])  # the lower middle of ten
-
-
-def test_statistics_count_position_zero_and_the_content_leaves_it_out(planted):
-    windows = torch.randint(80, 300, (4, 40), generator=torch.Generator().manual_seed(0))
-    windows[0, 0] = windows[0, 7] = windows[1, 3] = OUTLIER
-    statistics = outlier_statistics(planted, windows)
-    assert statistics.counts[0] == pytest.approx(3 / 4)  # three outliers in four sequences, position 0 among them
-    assert statistics.frequencies == ((OUTLIER, 2),)  # once for each later place
-    assert statistics.max_ratio > OUTLIER_THRESHOLD and statistics.sequences == 4
-
-
-def test_prefix_positions_have_no_ratio_of_their_own(planted):
-    ids = torch.arange(100, 120)
-    assert float(token_ratios(planted, ids, (OUTLIER, OUTLIER)).max()) < OUTLIER_THRESHOLD
-    assert token_ratios(planted, ids, (OUTLIER, 5)).shape == (2, 20)
-
-
 def test_prefix_that_does_not_hold_is_reported_and_never_changed(planted, tiny_tokenizer):
     windows = torch.randint(80, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     windows[0, 5] = OUTLIER  # a token that is an outlier whatever stands before it
@@ -221,11 +171,3 @@ def test_bos_role_falls_back_to_eos_then_pad():
     assert bos_role(Named(None, None, 6)) == 6
     with pytest.raises(ValueError, match="prefix_ids="):
         bos_role(Named(None, None, None))
-
-
-def test_activation_that_is_not_finite_names_the_layer(make_tiny):
-    model = make_tiny("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
-    with pytest.raises(ValueError, match="layer 1 is NaN or Inf"):
-        token_ratios(model, torch.arange(10))
