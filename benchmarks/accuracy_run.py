@@ -23,7 +23,7 @@ from benchmarks.accuracy_texts import refuse_overlap, text_name, text_names
 from benchmarks.command import described
 from benchmarks.model_source import model_folder, model_name
 from benchmarks.results_file import ResultsFile, Row, SentResults
-from pq_ao.calibration import CalibrationRecord
+from pq_ao.calibration_record import CalibrationRecord
 from pq_ao.data import BLANK_LINE, count_windows, load_text, token_ids
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -18,6 +17,7 @@ from pq_ao import __version__
 from pq_ao.balance import balance_block
 from pq_ao.block_calibration import block_tensors, calibrate_block, cast_block, restore_block, store_prefix
 from pq_ao.block_sites import BlockSites
+from pq_ao.calibration_record import CalibrationRecord
 from pq_ao.checkpoint.quantizer import attach
 from pq_ao.config import PrefixQuantConfig, prefixquant_config
 from pq_ao.data import TextSource, calibration_windows, check_count
@@ -43,51 +43,6 @@ _NAMES_OF_A_MODEL = ("_name_or_path", "architectures", "transformers_version")
 
 # where the context is not given: a position under fewer windows would be hit or miss
 _WINDOWS_OVER_A_POSITION = 4
-
-
-@dataclass
-class CalibrationRecord:
-    """How a model was calibrated; kept as `model.calibration_record`.
-
-    Attributes:
-        config: the scheme.
-        prefix: the prefix and how well it holds.
-        data: name of the corpus, a file's without its folder, or "list".
-        num_sequences, sequence_length, context, balance, rounding, search, finetune, seed: arguments of `calibrate`.
-        scales: by layer, each static scale or clip factor as the search found it, before any fine-tuning, the factor on
-            the absmax scale as "<name>_factor", and how channels were balanced as "<name>_balance" (`pq_ao.balance`).
-        finetuning: by layer, how it went (`pq_ao.training.TrainingHistory`); empty without.
-        end_to_end: how the fine-tuning of all blocks together went, likewise; None without.
-        seconds: wall time of everything.
-        prefix_seconds: of which to find the prefix.
-        block_seconds: by layer; a block that a journal held takes little.
-        finetuning_seconds: of which to fine-tune, without the blocks that a journal held.
-        end_to_end_seconds: of which to fine-tune all blocks together.
-    """
-
-    config: PrefixQuantConfig
-    prefix: PrefixReport
-    data: str
-    num_sequences: int
-    sequence_length: int
-    context: int
-    balance: bool
-    rounding: str
-    search: str
-    finetune: FinetuneConfig | None
-    seed: int
-    scales: list[Found] = field(default_factory=list)
-    finetuning: list[dict] = field(default_factory=list)
-    end_to_end: dict | None = None
-    seconds: float = 0.0
-    prefix_seconds: float = 0.0
-    block_seconds: list[float] = field(default_factory=list)
-    finetuning_seconds: list[float] = field(default_factory=list)
-    end_to_end_seconds: float = 0.0
-
-    def to_dict(self) -> dict:
-        """Plain dictionary for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torchao.quantization import quantize_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pq_ao
-from pq_ao.calibration import CalibrationRecord
+from pq_ao.calibration_record import CalibrationRecord
 from pq_ao.explanation import totals
 from recipes.calibration_options import add_calibration_options, calibrate_arguments, config_of
 from recipes.models import add_original_options, check_output, load_original

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from pq_ao.calibration import CalibrationRecord
+from pq_ao.calibration_record import CalibrationRecord
 from pq_ao.config import PrefixQuantConfig
 from pq_ao.finetune import FinetuneConfig
 from pq_ao.prefix import PrefixReport
