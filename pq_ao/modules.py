@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from pq_ao.attention import attend, check_attention, packed_layer
 from pq_ao.cache_layer import PrefixStaticLayer
+from pq_ao.families import scaling_of, turns_heads
 from pq_ao.hadamard import hadamard_base
 from pq_ao.linears import CalibratedLinear
 from pq_ao.ops import cache_attention, hadamard, rope_store, silu_hadamard
@@ -58,6 +59,12 @@ class PrefixRMSNorm(nn.Module):
         return self.quantizer(_normalized(hidden_states, self.eps), hidden_states.dtype)
 
 
+def angle_zero(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin that turn nothing, in the place of RoPE's."""
+    cos, sin = position_embeddings
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
@@ -70,6 +77,7 @@ class PrefixAttention(FixedDtype):
         prefix_k, prefix_v: [G, P, D] in the model's dtype, keys post-RoPE and post-R3; P = 0 without a prefix.
         o_in: quantizer A2.
         kv: quantizer of keys and values.
+        turns_heads: whether queries and keys get RoPE.
     """
 
     def __init__(
@@ -91,7 +99,8 @@ class PrefixAttention(FixedDtype):
         self.head_dim = head_dim
         self.query_heads = model_config.num_attention_heads
         self.kv_heads = model_config.num_key_value_heads
-        self.scaling = head_dim**-0.5
+        self.scaling = scaling_of(model_config)
+        self.turns_heads = turns_heads(model_config, layer_idx)
         self.fixed_dtype = qkv_proj.weight.dtype
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         self.query_norm, self.key_norm = query_norm, key_norm
@@ -105,6 +114,8 @@ class PrefixAttention(FixedDtype):
 
     def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q [B, H, L, D] and k [B, G, L, D], float32 after RoPE and R3; v [B, G, L, D] in the model's dtype."""
+        if not self.turns_heads:
+            position_embeddings = angle_zero(position_embeddings)
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
         query, key, value = qkv.split((self.query_heads, self.kv_heads, self.kv_heads), dim=-2)
@@ -149,6 +160,8 @@ class PrefixAttention(FixedDtype):
         layer: PrefixStaticLayer | None,
     ) -> Tensor:
         """The input of `o_proj`, by two ops behind `qkv_proj`: store keys and values, then attend."""
+        if not self.turns_heads:
+            position_embeddings = angle_zero(position_embeddings)
         qkv, unscaled = self.qkv_proj.unscaled(hidden_states)
         kv, site, (batch, length) = self.kv, self.o_in, qkv.shape[:2]
         if layer is None:

@@ -13,7 +13,14 @@ from transformers.activations import ACT2FN
 
 from pq_ao.attention import ATTENTION_NAME
 from pq_ao.config import PrefixQuantConfig
-from pq_ao.families import DecoderFamily, family_of, head_dim_of, replace_submodule
+from pq_ao.families import (
+    DecoderFamily,
+    Multipliers,
+    family_of,
+    forget_multipliers,
+    head_dim_of,
+    replace_submodule,
+)
 from pq_ao.hadamard import hadamard_transform, random_signs, randomized_hadamard
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
 from pq_ao.modules import FinalRMSNorm, PrefixAttention, PrefixMLP, PrefixRMSNorm
@@ -88,7 +95,7 @@ def check_weights(model: PreTrainedModel) -> None:
             raise ValueError(f"model: {name} holds NaN or Inf; repair the checkpoint before calibrating.")
 
 
-def _join(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:
+def _join(biases: tuple[Tensor | None, ...], weights: tuple[Tensor, ...]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
     return torch.cat(
@@ -107,37 +114,44 @@ class BlockRotator:
         model_config: the model's own config.
         config: what the quantizers of the new modules will be.
         rotation: R1 and R2.
+        multipliers: of the model; that of the residual stream goes into the weights that write to it.
         dtype: of the rotated weights.
     """
 
-    def __init__(self, family: DecoderFamily, model_config, config: PrefixQuantConfig, rotation: Rotation, dtype):
+    def __init__(
+        self,
+        family: DecoderFamily,
+        model_config,
+        config: PrefixQuantConfig,
+        rotation: Rotation,
+        multipliers: Multipliers,
+        dtype: torch.dtype,
+    ):
         self.family, self.model_config, self.config = family, model_config, config
-        self.rotation, self.dtype = rotation, dtype
+        self.rotation, self.multipliers, self.dtype = rotation, multipliers, dtype
 
     @torch.no_grad()
     def replace(self, layer: nn.Module, layer_idx: int) -> None:
         """Exchanges norms, attention and MLP of `layer`."""
         family, rotation = self.family, self.rotation
         device = layer.get_submodule(family.down).weight.device
-        widths = (
-            layer.get_submodule(name).in_features for name in (family.query, family.output, family.up, family.down)
-        )
+        inputs_of = (family.qkv[0], family.output, family.gate_up[0], family.down)
+        widths = (layer.get_submodule(name).in_features for name in inputs_of)
         attn_in, o_in, mlp_in, down_in = activation_quantizers(self.config, widths, device)
         head_dim = head_dim_of(self.model_config)
         kv = KVQuantizer(self.config, self.model_config.num_key_value_heads, head_dim, device)
 
         norm = layer.get_submodule(family.attention_norm)
-        parts = [self._linear(layer, name) for name in (family.query, family.key, family.value)]
-        weights = [rotation.reads_residual(weight * norm.weight.double()) for weight, _ in parts]
-        biases = [bias for _, bias in parts]
-        weights[2] = rotation.writes_value(weights[2])
-        biases[2] = None if biases[2] is None else rotation.writes_value(biases[2])
-        qkv = self._calibrated(torch.cat(weights), _join(biases, weights), (attn_in, kv))
+        weight, bias = self._fused(layer, family.qkv)
+        weight = rotation.reads_residual(weight * norm.weight.double())
+        for tensor in (weight, bias):
+            if tensor is not None:
+                values = tensor[-self.model_config.num_key_value_heads * head_dim :]
+                values.copy_(rotation.writes_value(values))
+        qkv = self._calibrated(weight, bias, (attn_in, kv))
 
-        weight, bias = self._linear(layer, family.output)
-        weight = rotation.writes_residual(rotation.reads_value(weight))
-        bias = None if bias is None else rotation.writes_residual(bias)
-        output = self._calibrated(weight, bias, (o_in,))
+        weight, bias = self._writes_residual(layer, family.output)
+        output = self._calibrated(rotation.reads_value(weight), bias, (o_in,))
         attention = PrefixAttention(
             self.model_config,
             layer_idx,
@@ -152,13 +166,10 @@ class BlockRotator:
         )
 
         mlp_norm = layer.get_submodule(family.mlp_norm)
-        parts = [self._linear(layer, name) for name in (family.gate, family.up)]
-        weights = [rotation.reads_residual(weight * mlp_norm.weight.double()) for weight, _ in parts]
-        gate_up = self._calibrated(torch.cat(weights), _join([bias for _, bias in parts], weights), (mlp_in,))
-        weight, bias = self._linear(layer, family.down)
-        weight = rotation.reads_down(rotation.writes_residual(weight))
-        bias = None if bias is None else rotation.writes_residual(bias)
-        down = self._calibrated(weight, bias, (down_in,))
+        weight, bias = self._fused(layer, family.gate_up)
+        gate_up = self._calibrated(rotation.reads_residual(weight * mlp_norm.weight.double()), bias, (mlp_in,))
+        weight, bias = self._writes_residual(layer, family.down)
+        down = self._calibrated(rotation.reads_down(weight), bias, (down_in,))
         mlp = PrefixMLP(gate_up, down, down_in, ACT2FN[self.model_config.hidden_act], rotation.online)
 
         eps = self.model_config.rms_norm_eps
@@ -166,9 +177,19 @@ class BlockRotator:
         replace_submodule(layer, family.mlp_norm, PrefixRMSNorm(eps, mlp_in))
         replace_submodule(layer, family.attention, attention)
         replace_submodule(layer, family.mlp, mlp)
+        forget_multipliers(layer, self.model_config)
 
-    def _linear(self, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-        return _wide(layer.get_submodule(name), name)
+    def _fused(self, layer: nn.Module, parts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        weights, biases = zip(*(_wide(layer.get_submodule(name), name) for name in parts), strict=True)
+        return torch.cat(weights), _join(biases, weights)
+
+    def _writes_residual(self, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = _wide(layer.get_submodule(name), name)
+        written = (
+            tensor if tensor is None else self.rotation.writes_residual(tensor * self.multipliers.residual)
+            for tensor in (weight, bias)
+        )
+        return tuple(written)
 
     def _calibrated(self, weight: Tensor, bias: Tensor | None, quantizers: tuple) -> CalibratedLinear:
         weight = weight.to(self.dtype).contiguous()
@@ -198,19 +219,22 @@ def begin_rotation(
     embedding = model.get_submodule(family.embedding)
     head, head_bias = _wide(model.get_submodule(family.head), family.head)
     final_norm = model.get_submodule(family.final_norm)
-    head = rotation.reads_residual(head * final_norm.weight.double()).to(dtype)
-    table = rotation.reads_residual(embedding.weight.detach().double()).to(dtype)
+    multipliers = Multipliers.of(model.config)
+    head = rotation.reads_residual(head * final_norm.weight.double() * multipliers.logits).to(dtype)
+    table = rotation.reads_residual(embedding.weight.detach().double() * multipliers.embedding).to(dtype)
     model.config.tie_word_embeddings = False
     model._tied_weights_keys, model.all_tied_weights_keys = None, {}  # or a save would tie them again
     replace_submodule(model, family.embedding, KeptEmbedding(table, embedding.padding_idx))
-    replace_submodule(model, family.head, KeptLinear(head, None if head_bias is None else head_bias.to(dtype)))
+    head_bias = None if head_bias is None else (head_bias * multipliers.logits).to(dtype)
+    replace_submodule(model, family.head, KeptLinear(head, head_bias))
     final_norm.weight.fill_(1)
     replace_submodule(model, family.final_norm, FinalRMSNorm(model.config.rms_norm_eps, final_norm.weight))
 
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)
     model.eval()
-    return BlockRotator(family, model.config, config, rotation, block_dtype or dtype)
+    forget_multipliers(model, model.config)
+    return BlockRotator(family, model.config, config, rotation, multipliers, block_dtype or dtype)
 
 
 def rotate_(

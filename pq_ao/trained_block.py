@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from pq_ao.fake_quantize import fake_quantize
 from pq_ao.linears import CalibratedLinear
-from pq_ao.modules import PrefixAttention
+from pq_ao.modules import PrefixAttention, angle_zero
 from pq_ao.ops.quantize import quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.rounding import RoundedWeight
@@ -35,11 +35,13 @@ class BlockTensors(NamedTuple):
         trained: leaves; of each linear "<name>.weight" [N, K] where codes are trained, "<name>.scale" [N] and
             "<name>.bias" [N], each scale or clip factor of a quantizer, and the prefix's keys and values [G, P, D]
             where they are trained.
+        turns_heads: whether the block has RoPE.
     """
 
     fixed: Tensors
     start: Tensors
     trained: Tensors
+    turns_heads: bool
 
 
 def linears_of(block: nn.Module) -> dict[str, CalibratedLinear]:
@@ -47,10 +49,14 @@ def linears_of(block: nn.Module) -> dict[str, CalibratedLinear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, CalibratedLinear)}
 
 
+def _attention_of(block: nn.Module) -> tuple[str, PrefixAttention]:
+    return next((name, module) for name, module in block.named_modules() if isinstance(module, PrefixAttention))
+
+
 def prefix_of(block: nn.Module) -> list[str]:
     """Names of the prefix's keys and values in a block."""
-    names = [name for name, module in block.named_modules() if isinstance(module, PrefixAttention)]
-    return [f"{name}.{part}" for name in names for part in ("prefix_k", "prefix_v")]
+    name, _ = _attention_of(block)
+    return [f"{name}.{part}" for part in ("prefix_k", "prefix_v")]
 
 
 def _quantizers_of(block: nn.Module) -> dict[str, ActivationQuantizer | KVQuantizer]:
@@ -78,6 +84,7 @@ class BlockFrame:
             if factor.endswith(("scale", "clip"))
         ]
         self.prefix = prefix_of(self.block)
+        _attention_of(self.block)[1].turns_heads = True  # by angle zero where a block has no RoPE
         for linear in linears_of(self.block).values():  # a place for a bias, whether or not the model has one
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         for quantizer in quantizers.values():
@@ -128,7 +135,7 @@ class BlockFrame:
         for name in self.factors:
             fixed[name] = fixed[name].clone()  # the block's own will be overwritten
             trained[name] = torch.zeros_like(fixed[name])
-        return BlockTensors(fixed, start, trained)
+        return BlockTensors(fixed, start, trained, _attention_of(block)[1].turns_heads)
 
     def outputs(self, tensors: BlockTensors, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """[n, T, d] of hidden states [n, T, d], quantized, causally; differentiable in `tensors.trained`."""
@@ -144,7 +151,8 @@ class BlockFrame:
             # the input comes with its shift, whose part in the product stands in the bias
             bias = bias - (weight * fixed[f"{site}.shift"]).sum(dim=1)
             values |= {f"{name}.weight": weight, f"{name}.bias": bias}
-        arguments = {"attention_mask": None, "position_embeddings": position_embeddings}
+        angles = position_embeddings if tensors.turns_heads else angle_zero(position_embeddings)
+        arguments = {"attention_mask": None, "position_embeddings": angles}
         return functional_call(self.block, values, (hidden,), arguments)
 
     @torch.no_grad()

@@ -1,12 +1,12 @@
 """What the tests of checkpoints share: tiny quantized models, made without calibration, and what makes two equal."""
 
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import PreTrainedModel
 
 import pq_ao
 from pq_ao.tensors import PackedWeight
+from tests.decoders import tiny_config
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -14,21 +14,8 @@ def tiny(
     family: str = "llama", scheme="w4a4kv4", *, seed: int = 0, dtype=torch.float32, prefix_tokens: int = 2, **overrides
 ) -> PreTrainedModel:
     """A quantized decoder of two layers with random codes; what follows `prefix_tokens` goes to its config."""
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "max_position_embeddings": 512,
-    }
-    if family == "mistral":
-        settings["sliding_window"] = None
-    config = CONFIGS[family](**(settings | overrides))
     return pq_ao.random_quantized_decoder(
-        config, scheme, device="cpu", dtype=dtype, seed=seed, prefix_tokens=prefix_tokens
+        tiny_config(family, **overrides), scheme, device="cpu", dtype=dtype, seed=seed, prefix_tokens=prefix_tokens
     )
 
 

@@ -18,22 +18,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import pq_ao
 from pq_ao.data import BLANK_LINE, load_text
 from recipes.smollm2 import smollm2_folder
 from tests.checkpoints import tiny
+from tests.decoders import VOCAB_SIZE, tiny_config
 
-VOCAB_SIZE = 300
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 # bos first, as the templates of Llama and SmolLM2 begin
@@ -44,8 +36,6 @@ CHAT_TEMPLATE = (
 
 # Enough for several windows of 512 tokens with either tokenizer, and tokenized at once.
 ENGLISH_CHARACTERS = 60_000
-
-_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,11 +107,10 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_tiny(tiny_tokenizer) -> Callable[..., PreTrainedModel]:
+def make_tiny() -> Callable[..., PreTrainedModel]:
     """`make_tiny(family, head_dim=24, tied=False, seed=0, dtype=torch.float32, **config)`: a random two-layer decoder.
 
-    Four query heads share two KV heads; qwen2 has biases, qwen3 norms on its heads. What follows `dtype` goes to the
-    config of transformers. Equal arguments give equal models.
+    What follows `dtype` goes to the config of transformers. Equal arguments give equal models.
     """
 
     def make(
@@ -133,24 +122,8 @@ def make_tiny(tiny_tokenizer) -> Callable[..., PreTrainedModel]:
         dtype: torch.dtype = torch.float32,
         **overrides,
     ) -> PreTrainedModel:
-        settings = {
-            "vocab_size": len(tiny_tokenizer),
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": head_dim,
-            "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": tied,
-            "bos_token_id": tiny_tokenizer.bos_token_id,
-            "eos_token_id": tiny_tokenizer.eos_token_id,
-            "pad_token_id": tiny_tokenizer.pad_token_id,
-        }
-        if family == "mistral":
-            settings["sliding_window"] = None
-        config = _CONFIGS[family](**(settings | overrides))
+        shape = {"head_dim": head_dim, "tie_word_embeddings": tied, "max_position_embeddings": 1024}
+        config = tiny_config(family, **(shape | overrides))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomise(model, torch.Generator().manual_seed(seed))
         return model.to(dtype).eval()

@@ -9,9 +9,9 @@ from transformers import DynamicCache, LlamaConfig
 import pq_ao
 from pq_ao.calibration import calibrate
 from pq_ao.modules import attention_modules
+from tests.decoders import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PREFIX = (7, 11, 0)
 
 

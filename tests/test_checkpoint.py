@@ -29,9 +29,11 @@ MAPS = Path("/proc/self/maps")
 
 MODELS = {
     "llama": lambda seed: tiny(seed=seed),
-    "mistral": lambda seed: tiny("mistral", seed=seed),
+    "granite with multipliers": lambda seed: tiny("granite", seed=seed),
+    "phi3 with fused linears": lambda seed: tiny("phi3", seed=seed),
     "qwen2 with biases": lambda seed: tiny("qwen2", seed=seed),
     "qwen3": lambda seed: tiny("qwen3", seed=seed),
+    "smollm3 with a layer without RoPE": lambda seed: tiny("smollm3", seed=seed),
     "tied embeddings": lambda seed: tiny(tie_word_embeddings=True, seed=seed),
     "int8 head": lambda seed: pq_ao.quantize_head_(tiny(seed=seed)),
     "dynamic": lambda seed: tiny(scheme=prefixquant_config(mode="dynamic"), seed=seed),
@@ -171,6 +173,15 @@ class TestFormat:
         assert not any(word in name for name in found for word in ("qkv", "gate_up", "query_norm", "packed", "_base"))
         assert (f"{layer}self_attn.q_norm.weight" in found) == (family == "qwen3")
         assert found[f"{layer}self_attn.prefix_k"].shape == (2, 2, 24)
+
+    def test_linears_that_the_family_keeps_fused_stay_so(self, tmp_path):
+        model = tiny("phi3")
+        model.save_pretrained(tmp_path)
+        found, layer = stored(tmp_path), "model.layers.1."
+        for name, rows in (("self_attn.qkv_proj", 192), ("mlp.gate_up_proj", 320)):
+            assert torch.equal(found[f"{layer}{name}.weight"], model.get_parameter(f"{layer}{name}.weight").qdata)
+            assert found[f"{layer}{name}.weight"].shape == (rows, 48)
+        assert not any(f".{part}_proj." in name for name in found for part in ("q", "k", "v", "gate", "up"))
 
     def test_files_name_the_remedy_and_hold_no_pickle(self, tmp_path):
         pq_ao.save(tiny(), tmp_path)

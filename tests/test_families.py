@@ -73,6 +73,10 @@ def longrope(make_tiny):
     return make_tiny("llama", rope_parameters=rope)
 
 
+def partial_rope(make_tiny):
+    return make_tiny("phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+
+
 def odd_head_dim(make_tiny):
     model = make_tiny("llama")
     model.config.head_dim = 25  # newer transformers build no such model
@@ -89,6 +93,7 @@ REFUSED = [
     (dynamic_rope, ["rope_type='dynamic'", "longrope"]),
     (dynamic_rope_in_the_old_words, ["rope_type='dynamic'"]),
     (longrope, ["rope_type='longrope'", "dynamic"]),
+    (partial_rope, ["partial_rotary_factor=0.5", "partial_rotary_factor=1.0"]),
     (odd_head_dim, ["head_dim=25", "even"]),
 ]
 
@@ -124,9 +129,9 @@ class TestKnown:
         assert family is FAMILIES[name]
         parts = {field: getattr(family, field) for field in family.__dataclass_fields__}
         layer_parts = list(parts)[list(parts).index("attention_norm") :]
-        for field, path in parts.items():
-            if path is not None:
-                root = model.get_submodule(family.layers)[0] if field in layer_parts else model
+        for field, paths in parts.items():
+            root = model.get_submodule(family.layers)[0] if field in layer_parts else model
+            for path in paths if isinstance(paths, tuple) else (paths or "",):
                 root.get_submodule(path)  # raises AttributeError where there is none
 
     def test_only_qwen3_has_norms_on_its_heads(self):

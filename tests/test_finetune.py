@@ -78,8 +78,12 @@ def test_static_activation_scales_are_trained(make_tiny, tiny_tokenizer, english
 
 
 @torch.no_grad()
-def test_untrained_tensors_compute_the_rounded_block(make_tiny, tiny_tokenizer, english, monkeypatch):
-    """The frame that training computes in is the block on the reference path, and storing gives its codes back."""
+@pytest.mark.parametrize("family", ["qwen2", "smollm3"])
+def test_untrained_tensors_compute_the_rounded_block(make_tiny, tiny_tokenizer, english, monkeypatch, family):
+    """The frame that training computes in is the block on the reference path, and storing gives its codes back.
+
+    It is made of the first block; SmolLM3's second one has no RoPE.
+    """
     seen = []
     tensors_of = BlockFrame.tensors
 
@@ -89,8 +93,8 @@ def test_untrained_tensors_compute_the_rounded_block(make_tiny, tiny_tokenizer, 
         return tensors
 
     monkeypatch.setattr(BlockFrame, "tensors", watch)
-    _calibrate(make_tiny("qwen2"), tiny_tokenizer, english, finetune=FinetuneConfig(epochs=1, validation_sequences=2))
-    frame, tensors, block = seen[0]
+    _calibrate(make_tiny(family), tiny_tokenizer, english, finetune=FinetuneConfig(epochs=1, validation_sequences=2))
+    frame, tensors, block = seen[1]
     untrained = frame.tensors(block, {name: _as_rounded(linear) for name, linear in _linears(block).items()})
     hidden = torch.randn(2, 9, 96, generator=torch.Generator().manual_seed(0))
     angles = torch.rand(2, 1, 9, 24, generator=torch.Generator().manual_seed(1)).unbind()

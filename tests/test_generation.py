@@ -3,35 +3,18 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import pq_ao
+from tests.decoders import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 BUCKETS = (8, 16)
 NO_END = {"eos_token_id": ()}
 
 
-def _config(family="llama"):
-    return CONFIGS[family](
-        vocab_size=300,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-
-
 def _random(scheme="w4a4kv4", family="llama", **options):
-    return pq_ao.random_quantized_decoder(_config(family), scheme, device="cpu", dtype=torch.float32, **options)
+    return pq_ao.random_quantized_decoder(tiny_config(family), scheme, device="cpu", dtype=torch.float32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +37,7 @@ def _expected(model, ids, cache, **options):
     return model.generate(ids, past_key_values=cache, do_sample=False, pad_token_id=2, **options)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("scheme", ["w4a4kv4", "w8a8kv8", pq_ao.prefixquant_config(mode="dynamic")])
 def test_greedy_tokens_are_those_of_generate(ids, family, scheme):
     model = _random(scheme, family)
@@ -194,7 +177,7 @@ def test_compiled_code_gives_the_tokens_of_eager_code(ids):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_give_the_logits_of_eager_code(ids):
-    model = pq_ao.random_quantized_decoder(_config(), device="cuda")
+    model = pq_ao.random_quantized_decoder(tiny_config(), device="cuda")
     ids = ids.cuda()
     mask = torch.ones_like(ids)
     mask[0, :7] = 0

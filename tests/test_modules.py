@@ -11,6 +11,7 @@ import pq_ao
 from pq_ao.ops import quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.tensors import PackedWeight, QuantizedActivation
+from tests.decoders import FAMILIES
 from tests.inductor import ROUNDS_AS_EAGER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,8 +40,13 @@ def ids():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("kwargs", [{}, {"mode": "dynamic"}, {"rotation": False}])
+@pytest.mark.parametrize(
+    ("family", "kwargs"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *((family, kwargs) for family in ("qwen2", "qwen3") for kwargs in ({"mode": "dynamic"}, {"rotation": False})),
+    ],
+)
 def test_integers_equal_the_reference_path(make_tiny, tiny_tokenizer, english, family, kwargs):
     config = pq_ao.prefixquant_config(**kwargs)
     model = _calibrated(make_tiny(family), tiny_tokenizer, english, config)

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import pq_ao
 from pq_ao.linears import CalibratedLinear
 from pq_ao.modules import attention_modules
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer
 from pq_ao.tensors import PackedWeight
+from tests.decoders import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SCHEMES = {
     "w4a4kv4": "w4a4kv4",
     "w4a8kv4": "w4a8kv4",
@@ -23,22 +22,8 @@ SCHEMES = {
 }
 
 
-def _config(family="llama", **overrides):
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "max_position_embeddings": 512,
-    }
-    return CONFIGS[family](**(settings | ({"sliding_window": None} if family == "mistral" else {}) | overrides))
-
-
 def _make(family="llama", scheme="w4a4kv4", dtype=torch.float32, config=None, **options):
-    return pq_ao.random_quantized_decoder(config or _config(family), scheme, device="cpu", dtype=dtype, **options)
+    return pq_ao.random_quantized_decoder(config or tiny_config(family), scheme, device="cpu", dtype=dtype, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +33,7 @@ def ids():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "scheme"), [*((family, "w4a4kv4") for family in CONFIGS), *(("llama", scheme) for scheme in SCHEMES)]
+    ("family", "scheme"), [*((family, "w4a4kv4") for family in FAMILIES), *(("llama", scheme) for scheme in SCHEMES)]
 )
 def test_integers_follow_the_reference_path_and_the_cache(ids, family, scheme):
     model = _make(family, SCHEMES[scheme])
@@ -78,7 +63,7 @@ def test_scales_use_the_range_of_the_codes(ids, scheme):
 
 
 def test_reports_work_and_embeddings_are_apart():
-    model = _make(config=_config(tie_word_embeddings=True), dtype=torch.bfloat16, prefix_tokens=3)
+    model = _make(config=tiny_config(tie_word_embeddings=True), dtype=torch.bfloat16, prefix_tokens=3)
     assert "w4a4 static" in pq_ao.explain(model) and "prefix: 3 tokens" in pq_ao.explain(model)
     report = pq_ao.memory(model, pq_ao.PrefixStaticCache(model, 1, 64))
     assert report.linear_ratio < 0.35 and report.kept_bytes == 2 * 300 * 96 * 2
@@ -88,7 +73,7 @@ def test_reports_work_and_embeddings_are_apart():
 
 
 def test_equal_arguments_give_equal_models_and_the_config_is_left_alone(ids):
-    config = _config(tie_word_embeddings=True)
+    config = tiny_config(tie_word_embeddings=True)
     before = config.to_dict()
     first, same, other = (_make(config=config, seed=seed)(ids, use_cache=False).logits for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
@@ -108,7 +93,7 @@ def test_wrong_arguments_are_refused():
         (pq_ao.prefixquant_config(prefix=False), {}, ValueError, "prefix_tokens=0"),
         ("w4a4kv4", {"dtype": torch.int8}, TypeError, "torch.bfloat16"),
         ("w4a4kv4", {"config": {"hidden_size": 96}}, TypeError, "LlamaConfig"),
-        ("w4a4kv4", {"config": MistralConfig(sliding_window=16)}, ValueError, "sliding"),
+        ("w4a4kv4", {"config": tiny_config("mistral", sliding_window=16)}, ValueError, "sliding"),
     ):
         with pytest.raises(error, match=message):
             _make(scheme=scheme, **options)

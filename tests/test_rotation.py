@@ -11,10 +11,10 @@ from pq_ao import PrefixQuantConfig, rotate_
 from pq_ao.linears import CalibratedLinear, KeptEmbedding, KeptLinear
 from pq_ao.modules import PrefixAttention, PrefixMLP, PrefixRMSNorm
 from pq_ao.rotation import Rotation, begin_rotation
+from tests.decoders import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # the house rule for what "equal" means of a rotated float32 model; measured below 1e-6
 TOLERANCE = 1e-4
 IDS = torch.randint(3, 300, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -144,6 +144,13 @@ class TestModules:
         model = rotate_(make_tiny("llama"), PrefixQuantConfig())
         assert torch.equal(model.model.norm.weight, torch.ones(96))
         assert not any("layernorm.weight" in name for name in model.state_dict())
+
+    def test_multipliers_go_into_the_weights(self, make_tiny):
+        model = rotate_(make_tiny("granite"), PrefixQuantConfig())
+        for owner in (model.config, model.model, *model.model.layers):
+            for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+                assert getattr(owner, name, 1) == 1
+        assert model.model.layers[0].self_attn.scaling == model.config.attention_multiplier == 0.3
 
     def test_head_norms_stay(self, make_tiny):
         model = make_tiny("qwen3")

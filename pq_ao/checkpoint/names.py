@@ -1,4 +1,4 @@
-"""Names of tensors on disk: those of the original model, with q, k, v and gate, up apart.
+"""Names of tensors on disk: those of the original model, with q, k, v and gate, up apart where it has them so.
 
 A linear is `<name>.weight` (codes: uint8 [N, ceil(K / 2)] with two a byte, or int8 [N, K]), `<name>.weight_scale`
 (float32 [N]) and `<name>.bias` (float32 [N]). Quantizers keep the names that they have in the model, and so do the
@@ -33,15 +33,14 @@ class FusedLinear(NamedTuple):
 def fused_linears(family: DecoderFamily, config: PretrainedConfig) -> tuple[FusedLinear, ...]:
     """The four linears of a decoder layer."""
     head_dim = head_dim_of(config)
-    keys = config.num_key_value_heads * head_dim
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    qkv, gate_up = tuple(count * head_dim for count in heads), (config.intermediate_size,) * 2
     return (
-        FusedLinear(
-            f"{family.attention}.qkv_proj",
-            (family.query, family.key, family.value),
-            (config.num_attention_heads * head_dim, keys, keys),
-        ),
+        FusedLinear(f"{family.attention}.qkv_proj", family.qkv, qkv if len(family.qkv) > 1 else (sum(qkv),)),
         FusedLinear(f"{family.attention}.o_proj", (family.output,), (config.hidden_size,)),
-        FusedLinear(f"{family.mlp}.gate_up_proj", (family.gate, family.up), (config.intermediate_size,) * 2),
+        FusedLinear(
+            f"{family.mlp}.gate_up_proj", family.gate_up, gate_up if len(family.gate_up) > 1 else (sum(gate_up),)
+        ),
         FusedLinear(f"{family.mlp}.down_proj", (family.down,), (config.hidden_size,)),
     )
 
