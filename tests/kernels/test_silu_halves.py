@@ -78,11 +78,23 @@ def test_the_range_of_scales_and_biases():
     check_floats(gate_up, SMALL, raw=raw, floor=HALVES_SQNR, scale=spread / 3)
 
 
-def test_every_program_does_several_rows(monkeypatch):
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("code_set", ["even", "spread"])
+def test_every_program_does_several_rows(monkeypatch, code_set, shifted):
+    """With tables, then, and the very codes that programs of one row give without."""
+    tiling, gate_up = HalvesTiling(4, 2, programs=1), make_input(5, 512)
+    shift = torch.linspace(-0.5, 0.5, 512) if shifted else None
+    given = (hadamard_base(512), torch.tensor([SCALE]), None, shift, 4, torch.int8, tiling)
+    alone, _ = run(gate_up, *given, code_set=code_set)
     monkeypatch.setattr(silu_halves, "multiprocessors", lambda device: 2)
-    tiling = HalvesTiling(4, 2, programs=1)
-    check_codes(make_input(5, 512), False, 4, torch.int8, tiling, flipped=HALVES_FLIPPED)
+    assert torch.equal(run(gate_up, *given, code_set=code_set)[0], alone)
+    check_codes(gate_up, False, 4, torch.int8, tiling, shifted=shifted, flipped=HALVES_FLIPPED, code_set=code_set)
+
+
+def test_every_program_does_several_rows_of_accumulators(monkeypatch):
+    monkeypatch.setattr(silu_halves, "multiprocessors", lambda device: 2)
     gate_up, raw = make_accumulators(5, 512)
+    tiling = HalvesTiling(4, 2, programs=1)
     check_codes(gate_up, False, 4, torch.int8, tiling, raw, flipped=HALVES_FLIPPED)
 
 

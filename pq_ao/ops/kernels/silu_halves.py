@@ -8,7 +8,7 @@ then fractions of it, whatever the scale, and only need an offset. Elements beyo
 those below some 0.1 scales lose bits, by an error below 1e-4 scales.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,6 +29,17 @@ _FACTOR = tl.constexpr(64.0)  # of scales and biases, so that float16 holds scal
 
 
 @triton.jit
+def _offsets(shift_ptr, pair, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """What `half_codes` adds to pairs of neighbours, as words."""
+    part = -1.0 / (scale * (HIGH - LOW))
+    zero: tl.constexpr = origin(LOW, HIGH) / (HIGH - LOW)
+    low, high = (pair * 0).to(tl.float32), (pair * 0).to(tl.float32)
+    if shift_ptr is not None:
+        low, high = tl.load(shift_ptr + 2 * pair), tl.load(shift_ptr + 2 * pair + 1)
+    return word(low * part + zero, high * part + zero)
+
+
+@triton.jit
 def silu_tables_kernel(
     shift_ptr,  # float32 [F] or None
     scale_ptr,  # float32 (1,)
@@ -41,7 +52,7 @@ def silu_tables_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
-    """What is the same for all rows, in float16."""
+    """What is the same for all rows, in float16: worth a kernel of its own where programs do several rows."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if in_scale_ptr is not None:
         mask = i < 2 * F
@@ -50,14 +61,8 @@ def silu_tables_kernel(
             bias = tl.load(in_bias_ptr + i, mask=mask, other=0.0)
         scale = tl.load(in_scale_ptr + i, mask=mask, other=0.0)
         tl.store(factors_ptr + i, word(scale * _FACTOR, bias * _FACTOR), mask=mask)
-    mask = i < F // 2
-    low, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    if shift_ptr is not None:
-        low = tl.load(shift_ptr + 2 * i, mask=mask, other=0.0)
-        high = tl.load(shift_ptr + 2 * i + 1, mask=mask, other=0.0)
-    part = -1.0 / (tl.load(scale_ptr) * (HIGH - LOW))
-    zero: tl.constexpr = origin(LOW, HIGH) / (HIGH - LOW)
-    tl.store(offsets_ptr + i, word(low * part + zero, high * part + zero), mask=mask)
+    offsets = _offsets(shift_ptr, tl.minimum(i, F // 2 - 1), tl.load(scale_ptr), LOW, HIGH)
+    tl.store(offsets_ptr + i, offsets, mask=i < F // 2)
 
 
 @triton.jit
@@ -94,12 +99,19 @@ def _base_halves(base_ptr, K: tl.constexpr, BASE: tl.constexpr, FOLD: tl.constex
 
 
 @triton.jit
-def _load_offsets(ptr, place, row, FIRST: tl.constexpr, K: tl.constexpr, LENGTH: tl.constexpr, W: tl.constexpr):
+def _load_offsets(
+    ptr, scale, place, row, FIRST: tl.constexpr, K: tl.constexpr, LENGTH: tl.constexpr, W: tl.constexpr,
+    SEVERAL: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
     if K - FIRST < _ROWS:  # rows that do not exist read the last one
         place = tl.minimum(row, K - FIRST - 1) * (LENGTH // 2) + place % (LENGTH // 2)
     done = ()
     for w in tl.static_range(W):
-        done = done + (tl.load(ptr + (place + (FIRST * LENGTH + w * 64) // 2)),)
+        pair = place + (FIRST * LENGTH + w * 64) // 2
+        if SEVERAL:
+            done = done + (tl.load(ptr + pair),)
+        else:
+            done = done + (_offsets(ptr, pair, scale, LOW, HIGH),)
     return done
 
 
@@ -135,7 +147,7 @@ def silu_halves_kernel(
     factors_ptr,  # words [2F] for accumulators, or None
     base_ptr,  # float32 [BASE, BASE]
     scale_ptr,  # float32 (1,)
-    offsets_ptr,  # words [F / 2]
+    offsets_ptr,  # words [F / 2] of the tables if SEVERAL, else the shift: float32 [F] or None
     codes_ptr,  # [M, F] int8, float8 or, for tests, float32
     rows,
     F: tl.constexpr,
@@ -143,7 +155,8 @@ def silu_halves_kernel(
     FOLD: tl.constexpr,  # K = BASE * FOLD, a multiple of 4, at most 32
     W: tl.constexpr,
     SPLIT: tl.constexpr,  # 2 or 4 parts of the eight j, that butterflies do
-    EARLY: tl.constexpr,  # tiles of the next row that are loaded amid a row
+    EARLY: tl.constexpr,  # tiles of a row that are loaded before it begins
+    SEVERAL: tl.constexpr,  # rows a program: tables are read, and the next row is fetched amid a row
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
@@ -192,7 +205,8 @@ def silu_halves_kernel(
                 x = word(even, x if tile % 2 == 1 else tl.zeros((4, 8, W, 8), tl.float32))
                 x = tl.permute(tl.reshape(x, (4, 8, W, SPLIT, J)), (0, 1, 2, 4, 3))
                 h = h + (half_butterflies(unstack(x, SPLIT), SPLIT),)
-        prefetch(next_ptr, 2 * F * 2)
+        if SEVERAL:
+            prefetch(next_ptr, 2 * F * 2)
 
         based = ()
         for part in tl.static_range(SPLIT):
@@ -219,11 +233,13 @@ def silu_halves_kernel(
             y = tl.reshape(y, (4, 16 // NEAR, NEAR // 2, W, NEAR // 2, W))
             y = tl.permute(y, (0, 4, 1, 3, 2, 5))
             y = unstack(tl.reshape(y, (4, 8, W, NEAR // 2, W)), W)
-            if half == 0:
+            if SEVERAL and half == 0:
                 early = load_tiles(next_ptr, place_in, 0, EARLY, F, K)
             if half * _ROWS < K:
                 y = half_butterflies(y, W)
-                offsets = _load_offsets(offsets_ptr, pair_out, row_out, half * _ROWS, K, LENGTH, W)
+                offsets = _load_offsets(
+                    offsets_ptr, scale, pair_out, row_out, half * _ROWS, K, LENGTH, W, SEVERAL, LOW, HIGH
+                )
                 place = place_out + half * _ROWS * LENGTH
                 mask = None
                 if K - half * _ROWS < _ROWS:
@@ -269,14 +285,21 @@ def launch_halves(
     if gate_up.data_ptr() % 4:  # a view, whose bfloat16 are no whole words
         gate_up = gate_up.clone()
     low, high = code_range(4, code_set)
-    offsets = torch.empty(features // 2, dtype=torch.int32, device=gate_up.device)
-    factors, elements = None, features // 2
-    if in_scale is not None:
-        factors, elements = torch.empty(2 * features, dtype=torch.int32, device=gate_up.device), 2 * features
-    silu_tables_kernel[(triton.cdiv(elements, _BLOCK),)](
-        shift, scale, in_scale, in_bias, offsets, factors, F=features, BLOCK=_BLOCK, LOW=low, HIGH=high
-    )
-    programs = min(rows, tiling.programs * multiprocessors(gate_up.device))
+    alone = multiprocessors(gate_up.device)
+    if rows <= alone:  # each with a multiprocessor, and all its registers, for itself
+        tiling = replace(tiling, registers=None)
+    programs = min(rows, tiling.programs * alone)
+    several = rows > programs or in_scale is not None
+    offsets, factors = shift, None
+    if several:
+        elements = features // 2
+        offsets = torch.empty(elements, dtype=torch.int32, device=gate_up.device)
+        if in_scale is not None:
+            elements = 2 * features
+            factors = torch.empty(elements, dtype=torch.int32, device=gate_up.device)
+        silu_tables_kernel[(triton.cdiv(elements, _BLOCK),)](
+            shift, scale, in_scale, in_bias, offsets, factors, F=features, BLOCK=_BLOCK, LOW=low, HIGH=high
+        )
     silu_halves_kernel[(programs,)](
         gate_up,
         factors,
@@ -287,6 +310,7 @@ def launch_halves(
         rows,
         F=features,
         BASE=base.shape[0],
+        SEVERAL=several,
         LOW=low,
         HIGH=high,
         **tiling.options(),

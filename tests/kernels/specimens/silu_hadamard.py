@@ -1,5 +1,7 @@
 """silu_hadamard at the widths of Llama-3-8B (28 * 512), Llama-2-7B (172 * 64) and of a power of two."""
 
+from dataclasses import replace
+
 from pq_ao.ops import code_range
 from pq_ao.ops.kernels.silu_hadamard import choose_tiling, silu_hadamard_kernel, silu_quantize_kernel
 from pq_ao.ops.kernels.silu_halves import HalvesTiling, silu_halves_kernel, silu_tables_kernel
@@ -26,7 +28,8 @@ def _specimen(
         "HIGH": high, unused: None,
     }  # fmt: skip
     if isinstance(tiling, HalvesTiling):
-        return _halves(name, features, order, tiling, codes, raw, low, high)
+        tiling = replace(tiling, registers=None) if rows <= 132 else tiling
+        return _halves(name, features, order, tiling, codes, raw, low, high, several=raw or rows > 264)
     if raw:
         types |= _ACCUMULATORS
     elif not isinstance(tiling, RowsTiling):
@@ -51,14 +54,22 @@ def _specimen(
 
 
 def _halves(
-    name: str, features: int, order: int, tiling: HalvesTiling, codes: str, raw: bool, low: int, high: int
+    name: str,
+    features: int,
+    order: int,
+    tiling: HalvesTiling,
+    codes: str,
+    raw: bool,
+    low: int,
+    high: int,
+    several: bool,
 ) -> Specimen:
     options = tiling.options()
-    constants = {"F": features, "BASE": order, "LOW": low, "HIGH": high}
+    constants = {"F": features, "BASE": order, "LOW": low, "HIGH": high, "SEVERAL": several}
     constants |= {key: options.pop(key) for key in tuple(options) if key.isupper()}
     types = {
-        "gate_up_ptr": "*bf16", "base_ptr": "*fp32", "scale_ptr": "*fp32", "offsets_ptr": "*i32",
-        "codes_ptr": f"*{codes}",
+        "gate_up_ptr": "*bf16", "base_ptr": "*fp32", "scale_ptr": "*fp32",
+        "offsets_ptr": "*i32" if several else "*fp32", "codes_ptr": f"*{codes}",
     }  # fmt: skip
     if raw:
         types["factors_ptr"] = "*i32"
@@ -97,6 +108,7 @@ SPECIMENS = [
     _specimen("14336 decode, early", 14336, 28, 1, early=True),
     _specimen("14336 decode, accumulators", 14336, 28, 1, raw=True),
     _specimen("14336 prefill", 14336, 28, 8192),
+    _specimen("14336 decode of 128", 14336, 28, 128),
     _specimen("14336 prefill, even codes, float8", 14336, 28, 8192, codes="fp8e4nv", even=True),
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators, float8", 14336, 28, 8192, codes="fp8e4nv", raw=True),
