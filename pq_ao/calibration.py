@@ -28,6 +28,7 @@ from pq_ao.fingerprint import fingerprint
 from pq_ao.journal import CalibrationJournal
 from pq_ao.linears import CalibratedLinear
 from pq_ao.modules import on_path, path_switches
+from pq_ao.offload import computing_device, surroundings_on, visiting, visits_on_call
 from pq_ao.outliers import outlier_statistics
 from pq_ao.prefix import PrefixReport, find_prefix
 from pq_ao.quantizers import Path
@@ -61,6 +62,7 @@ def calibrate(
     finetune: FinetuneConfig | None = None,
     prefix_ids: Sequence[int] | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
     storage: Storage = "device",
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -71,7 +73,7 @@ def calibrate(
     puts the integers in place. On any error before the rotation the model is untouched.
 
     Args:
-        model: a floating-point decoder of a known family, on the device to calibrate on.
+        model: a floating-point decoder of a known family.
         tokenizer: its tokenizer.
         config: the scheme, `prefixquant_config()` where None.
         data: corpus: "embedded", "wikitext2", "pile", "c4", a text or jsonl file, or a list of strings
@@ -89,6 +91,8 @@ def calibrate(
         finetune: trains each block after its rounding (see `FinetuneConfig`); None for not.
         prefix_ids: a prefix of your own instead of the rule's.
         seed: draws the rotation, the windows and the order of training.
+        device: what computes, the model's own device where None. Blocks of a model that lies elsewhere come there one
+            at a time: a GPU needs room for one of them, embedding, head and activations, while the model is on the CPU.
         storage: where the hidden states of the sequences lie: "device", "host" or "disk" (a memory-mapped temporary
             file).
         resume: a folder that keeps every finished block; the same call goes on from there after an interruption.
@@ -116,14 +120,21 @@ def calibrate(
     seed = check_count("seed", seed, minimum=0)
     context = _context(model, context, num_sequences, sequence_length)
     _check_arguments(model, config, balance, rounding, search, finetune, prefix_ids, storage)
+    device = computing_device(device, model)
+    if device != model.device and finetune is not None and finetune.end_to_end_epochs:
+        raise ValueError(
+            f"device={str(device)!r}: end_to_end_epochs={finetune.end_to_end_epochs} trains all blocks together, and "
+            f"the model is on {str(model.device)!r}; load it on the device, or leave end_to_end_epochs at 0."
+        )
     check_weights(model)
     held_out = 0 if finetune is None else finetune.validation_sequences
     windows = calibration_windows(tokenizer, data, num_sequences + held_out, sequence_length, seed)
     train, validation = windows[:num_sequences], windows[num_sequences:]
-    if config.prefix:
-        prefix = find_prefix(model, tokenizer, train, prefix_ids, progress)
-    else:
-        prefix = PrefixReport((), statistics=outlier_statistics(model, train, progress=progress))
+    with surroundings_on(model, device), visits_on_call(model.get_submodule(family_of(model).layers), device):
+        if config.prefix:
+            prefix = find_prefix(model, tokenizer, train, prefix_ids, progress)
+        else:
+            prefix = PrefixReport((), statistics=outlier_statistics(model, train, progress=progress))
     prefix_seconds = time.perf_counter() - started
     # the name alone: checkpoints hold the record and travel, folders of one machine should not
     described = os.path.basename(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__
@@ -131,7 +142,11 @@ def calibrate(
         config, prefix, described, num_sequences, sequence_length, context, balance, rounding, search, finetune, seed
     )
     record.prefix_seconds = prefix_seconds
-    with nullcontext() if resume is None else CalibrationJournal(resume, _facts(model, record, windows)) as journal:
+    facts = None if resume is None else _facts(model, record, windows, device)
+    with (
+        nullcontext() if facts is None else CalibrationJournal(resume, facts) as journal,
+        surroundings_on(model, device),
+    ):
         pipeline = _Pipeline(model, record, train, validation, storage, progress)
         pipeline.run(journal)
     if finetune is not None and finetune.end_to_end_epochs:
@@ -164,7 +179,7 @@ class _Pipeline:
         storage: Storage,
         progress: bool,
     ):
-        self.record, self.progress, self.dtype = record, progress, model.dtype
+        self.record, self.progress, self.dtype, self.device = record, progress, model.dtype, model.device
         self.family = family_of(model)
         self.rotator = begin_rotation(model, record.config, seed=record.seed, block_dtype=torch.float32)
         self.layers = model.get_submodule(self.family.layers)
@@ -180,30 +195,35 @@ class _Pipeline:
 
     def run(self, journal: CalibrationJournal | None) -> None:
         """Calibrates all blocks; those that the journal holds are restored."""
-        finished = 0 if journal is None else journal.finished
         for index, layer in enumerate(tqdm(self.layers, "calibrating", unit="block", disable=not self.progress)):
             started = time.perf_counter()
-            self.rotator.replace(layer, index)  # in float32, one block at a time
-            if self.record.prefix.prefix_ids:
-                store_prefix(layer, self.family, self.head)
-            sites = BlockSites(layer, self.family, self.body)
-            found = balance_block(sites, self.rotator.rotation) if self.record.balance else {}
-            if index < finished:
-                tensors, facts = journal.read(index)
-                restore_block(layer, tensors)
-                self._advance_floats(layer)
-            else:
-                facts = self._calibrate(sites, index, found)
-                if journal is not None:
-                    journal.keep(index, block_tensors(layer), facts)
+            with visiting(layer, self.device):
+                facts = self._run_block(layer, index, journal)
             self.record.scales.append(facts["scales"])
             if "finetuning" in facts:
                 self.record.finetuning.append(facts["finetuning"])
-            with on_path(path_switches(layer), Path.REFERENCE):
-                for stream in (self.body, *self.validation[:1]):
-                    stream.advance(layer)
-            cast_block(layer, self.dtype)
             self.record.block_seconds.append(time.perf_counter() - started)
+
+    def _run_block(self, layer: nn.Module, index: int, journal: CalibrationJournal | None) -> dict:
+        """Calibrates one block, or restores it, and moves all hidden states through it."""
+        self.rotator.replace(layer, index)  # in float32, one block at a time
+        if self.record.prefix.prefix_ids:
+            store_prefix(layer, self.family, self.head)
+        sites = BlockSites(layer, self.family, self.body)
+        found = balance_block(sites, self.rotator.rotation) if self.record.balance else {}
+        if journal is not None and index < journal.finished:
+            tensors, facts = journal.read(index)
+            restore_block(layer, tensors)
+            self._advance_floats(layer)
+        else:
+            facts = self._calibrate(sites, index, found)
+            if journal is not None:
+                journal.keep(index, block_tensors(layer), facts)
+        with on_path(path_switches(layer), Path.REFERENCE):
+            for stream in (self.body, *self.validation[:1]):
+                stream.advance(layer)
+        cast_block(layer, self.dtype)
+        return facts
 
     def through_all_blocks(self) -> tuple[Pairs, Pairs]:
         """What enters the first block, and what leaves the last one in floating point: to train and to validate on."""
@@ -230,7 +250,7 @@ class _Pipeline:
             stream.advance(layer)
 
 
-def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -> dict:
+def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor, device: torch.device) -> dict:
     """What the blocks of a calibration depend on, for its journal: not what is done to all of them afterwards."""
     known = record.to_dict()
     if record.finetune is not None:
@@ -252,7 +272,7 @@ def _facts(model: PreTrainedModel, record: CalibrationRecord, windows: Tensor) -
         "prefix_ids": list(record.prefix.prefix_ids),
         "weights": fingerprint(model.named_parameters()),
         "windows": fingerprint([("windows", windows)]),
-        "device": model.device.type,
+        "device": device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pq_ao": __version__,

@@ -11,6 +11,7 @@ from pq_ao.config import SCHEMES
 from pq_ao.data import DATASET_NAMES, EMBEDDED, TextSource, load_text
 from pq_ao.rounding import ROUNDINGS
 from pq_ao.streams import STORAGES
+from recipes.models import device
 from recipes.terminal import count, whole
 
 NAMED = (EMBEDDED, *DATASET_NAMES)
@@ -37,6 +38,10 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     add("--balance", action=switch, default=True, help="of the inner channels of blocks")
     add("--search", choices=SEARCHES, default="tensor", help="objective of scales (default: %(default)s)")
     add("--rounding", choices=tuple(ROUNDINGS), default="nearest", help="of weights (default: %(default)s)")
+    add(
+        "--calibrate-on", type=device, metavar="DEVICE",
+        help="with a model that has no room there on --device cpu: computes, a block at a time (default: --device)",
+    )  # fmt: skip
     add("--storage", choices=STORAGES, default="device", help="of hidden states (default: %(default)s)")
     add("--resume", metavar="FOLDER", help="keeps finished blocks: the same command goes on after an interruption")
 
@@ -92,6 +97,7 @@ def calibrate_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--prefix-ids: without effect beside --no-prefix; leave one of the two out.")
     names = ("num_sequences", "sequence_length", "context", "prefix_ids", "balance", "search", "rounding", "storage")
     return {name: getattr(arguments, name) for name in (*names, "resume", "seed")} | {
+        "device": arguments.calibrate_on,
         "data": calibration_data(arguments.data),
         "finetune": _finetune(arguments),
     }
