@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> list[int]:
     """Runs everything; returns the reply's token ids."""
     arguments = parse(argv)
     folder = Path(arguments.folder)
-    path = Path(arguments.tokenizer or folder / "tokenizer.json")
+    path = Path(arguments.tokenizer or folder)
+    if path.is_dir():
+        path /= "tokenizer.json"
     if not path.is_file():
         raise SystemExit(f"--tokenizer {path}: there is no such file; name the tokenizer.json of the model.")
     tokenizer = Tokenizer.from_file(str(path))
@@ -58,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Generate text from an exported decoder.")
     parser.add_argument("folder", help="of the exported decoder")
-    parser.add_argument("--tokenizer", help="a tokenizer.json (default: the one in the folder)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json, or a folder with one (default: FOLDER)")
     parser.add_argument("--prompt", default="The capital of France is", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile decode, on a GPU as a CUDA graph")
     parser.add_argument("--new-tokens", type=count, default=64, help="at most (default: %(default)s)")

@@ -53,9 +53,14 @@ def test_compiled_decode_gives_the_same_text(folder, capsys, monkeypatch):
     assert run_exported.main([*arguments, "--compile"]) == run_exported.main(arguments)
 
 
-def test_a_missing_tokenizer_is_named(folder, tmp_path):
-    with pytest.raises(SystemExit, match="nowhere.json: there is no such file; name the tokenizer.json of the model"):
-        run_exported.main([str(folder), "--tokenizer", str(tmp_path / "nowhere.json")])
+@pytest.mark.parametrize("given, named", [("nowhere.json", "nowhere.json"), ("", "tokenizer.json")])
+def test_a_missing_tokenizer_is_named(folder, tmp_path, given, named):
+    with pytest.raises(SystemExit, match=f"{named}: there is no such file; name the tokenizer.json of the model"):
+        run_exported.main([str(folder), "--tokenizer", str(tmp_path / given)])
+
+
+def test_the_tokenizer_of_a_folder(folder):
+    assert len(run_exported.main([str(folder), "--tokenizer", str(folder), "--new-tokens", "3"])) <= 3
 
 
 def test_export_says_how_to_run_what_it_wrote(checkpoint, tmp_path, capsys):
