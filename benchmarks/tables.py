@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.accuracy_table import accuracy
 from benchmarks.calibration_table import calibration
 from benchmarks.generation_table import generation, speedups
+from benchmarks.headline_table import headline
 from benchmarks.kernels_table import kernels
 from benchmarks.results_file import RESULTS, ROOT, Results, load_results
 from benchmarks.round_trips_table import round_trips
@@ -25,8 +26,11 @@ PLOT = "generation.png"
 
 @dataclass(frozen=True)
 class _Section:
-    benchmark: str
-    render: Callable[[Iterable[Results]], str]
+    """A section's name, what makes it, and the benchmarks whose results that takes."""
+
+    name: str
+    render: Callable[..., str]
+    benchmarks: tuple[str, ...]
 
 
 def _with_plot(results: Iterable[Results]) -> str:
@@ -38,11 +42,12 @@ def _with_plot(results: Iterable[Results]) -> str:
 
 
 SECTIONS = (
-    _Section("accuracy", accuracy),
-    _Section("calibration", calibration),
-    _Section("generation", _with_plot),
-    _Section("kernels", kernels),
-    _Section("round_trips", round_trips),
+    _Section("accuracy", accuracy, ("accuracy",)),
+    _Section("calibration", calibration, ("calibration",)),
+    _Section("generation", _with_plot, ("generation",)),
+    _Section("kernels", kernels, ("kernels",)),
+    _Section("round_trips", round_trips, ("round_trips",)),
+    _Section("headline", headline, ("generation", "accuracy")),
 )
 
 
@@ -53,11 +58,11 @@ def updated(readme: str, folder: str | os.PathLike[str] = RESULTS) -> str:
         ValueError: the markers of a section are not there exactly once.
     """
     for section in SECTIONS:
-        begin, end = (f"<!-- {section.benchmark}:{edge} -->" for edge in ("begin", "end"))
+        begin, end = (f"<!-- {section.name}:{edge} -->" for edge in ("begin", "end"))
         pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
         if readme.count(begin) != 1 or readme.count(end) != 1 or not pattern.search(readme):
             raise ValueError(f"the README needs the lines {begin} and {end} once each, in this order")
-        body = section.render(load_results(section.benchmark, folder))
+        body = section.render(*(load_results(benchmark, folder) for benchmark in section.benchmarks))
         readme = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", readme)
     return readme
 

@@ -156,7 +156,7 @@ def floating_row(ppl: float) -> dict:
 
 def readme_in(folder: Path) -> Path:
     path = folder / "README.md"
-    sections = [section.benchmark for section in tables.SECTIONS[1:]]
+    sections = [section.name for section in tables.SECTIONS[1:]]
     others = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in sections)
     text = f"before\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nafter\n{others}"
     path.write_text(text, encoding="utf-8")

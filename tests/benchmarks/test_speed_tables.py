@@ -107,7 +107,7 @@ class TestKernels:
 
 @pytest.fixture
 def readme(tmp_path):
-    names = [section.benchmark for section in tables.SECTIONS]
+    names = [section.name for section in tables.SECTIONS]
     sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in names)
     path = tmp_path / "README.md"
     path.write_text("".join(sections), encoding="utf-8")
