@@ -113,7 +113,7 @@ class TestComputingDevice:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("finetune", [None, FinetuneConfig(epochs=1, validation_sequences=2)])
+@pytest.mark.parametrize("finetune", [None, FinetuneConfig(epochs=1, validation_sequences=2, compile=False)])
 def test_on_a_gpu_from_the_cpu(make_tiny, tiny_tokenizer, english, finetune):
     """The codes, scales and prefix of a model that lies on the GPU, and a block there at a time."""
     there, here = make_tiny("qwen3").cuda(), make_tiny("qwen3")
