@@ -103,7 +103,7 @@ def _seeds(name: str, calibration: Calibration) -> int:
     if name == HEADLINE:
         return 2
     # a step of the ladder is judged by whether it is larger than what seeds do
-    return 3 if calibration.scheme == "w4a4kv4" and not calibration.finetuned else 1
+    return 1 if calibration.finetuned else 3
 
 
 SETTINGS: dict[str, Setting] = {
