@@ -176,6 +176,8 @@ def gemv_config(rows: int, outs: int, row_words: int, packed: bool = True) -> Ge
     if rows == 1:
         # nothing to compute: as many threads as the row has room for
         warps = 4 if row_words >= 512 else 2 if row_words >= 256 else 1
+        if packed and short and outs >= _WIDE:
+            outputs, warps, ahead = 4, 2, 2  # the best of nine over the whole step, not by itself
     elif rows == 2:
         warps, ahead = 1 if short else 2, 4
     elif rows <= 4:
