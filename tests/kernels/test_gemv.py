@@ -32,6 +32,7 @@ def test_every_cut_of_a_row_that_divides_by_none(config):
 def test_chosen_cuts():
     """One row spreads over threads; more rows have more to compute, and a warp has a row for itself."""
     assert gemv_config(1, 6144, 512) == GemvConfig(4, 4, 2)
+    assert gemv_config(1, 28672, 512) == GemvConfig(4, 2, 2)
     assert gemv_config(1, 576, 72) == GemvConfig(4, 1, 2)
     assert gemv_config(2, 6144, 512) == gemv_config(4, 6144, 512) == GemvConfig(4, 1, 4)
     assert gemv_config(4, 28672, 512) == GemvConfig(4, 2, 2)
