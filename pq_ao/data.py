@@ -11,6 +11,7 @@ import operator
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ SPLITS = ("train", "validation", "test")
 BLANK_LINE = "\n\n"
 
 
-def load_text(source: TextSource = EMBEDDED, split: str = "train") -> str:
+def load_text(source: TextSource = EMBEDDED, split: str = "train", *, argument: str = "source") -> str:
     """Returns a corpus as one string.
 
     Args:
@@ -56,6 +57,7 @@ def load_text(source: TextSource = EMBEDDED, split: str = "train") -> str:
             A name wins over a file of the same name; write `./c4` for the file.
         split: `"train"`, `"validation"` or `"test"`. `"embedded"`, `"pile"` and `"c4"` have one evaluation part, which
             the last two both mean. A file or a list has no splits: all of it is returned.
+        argument: what errors call `source`: the argument that it was given as.
 
     Raises:
         TypeError: `source` is none of these types.
@@ -72,16 +74,16 @@ def load_text(source: TextSource = EMBEDDED, split: str = "train") -> str:
     elif isinstance(source, str) and source in DATASET_NAMES:
         text = _load_dataset_text(source, split)
     elif isinstance(source, (str, os.PathLike)):
-        text = _read_file(source)
+        text = _read_file(source, f"{argument}={str(source)!r}")
     elif isinstance(source, (list, tuple)):
         wrong = next((item for item in source if not isinstance(item, str)), None)
         if wrong is not None:
-            raise TypeError(f"source holds a {type(wrong).__name__}; a list of texts may hold str only")
+            raise TypeError(f"{argument} holds a {type(wrong).__name__}; a list of texts may hold str only")
         text = BLANK_LINE.join(source)
     else:
-        raise TypeError(f"source is a {type(source).__name__}; give a name, a file or a list of str. {_allowed()}")
+        raise TypeError(f"{argument} is a {type(source).__name__}; give a name, a file or a list of str. {_allowed()}")
     if not text.strip():
-        raise ValueError(f"source={_shown(source)} (split {split!r}) holds no text")
+        raise ValueError(f"{argument}={_shown(source)} (split {split!r}) holds no text")
     return text
 
 
@@ -150,7 +152,7 @@ def calibration_windows(
     Example:
         >>> ids = calibration_windows(tokenizer, "pile", num_sequences=64, sequence_length=512, seed=2)
     """
-    return token_windows(tokenizer, load_text(data, split="train"), num_sequences, sequence_length, seed)
+    return token_windows(tokenizer, load_text(data, argument="data"), num_sequences, sequence_length, seed)
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
@@ -248,11 +250,11 @@ def _join_some(documents: Iterable[str]) -> str:
     return BLANK_LINE.join(taken)
 
 
-def _read_file(source: str | os.PathLike[str]) -> str:
+def _read_file(source: str | os.PathLike[str], named: str) -> str:
     path = Path(source).expanduser()
     if not path.is_file():
         what = "a folder" if path.is_dir() else "neither a known name nor an existing file"
-        raise ValueError(f"source={str(source)!r} is {what}. {_allowed()}")
+        raise ValueError(f"{named} is {what}{_meant(str(source))}. {_allowed()}")
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -260,20 +262,28 @@ def _read_file(source: str | os.PathLike[str]) -> str:
         # Bytes, not text mode: line ends stay as they are. utf-8-sig: a byte order mark is no text.
         text = data.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"source={str(source)!r} ends in .gz but is not whole gzip data: {error}") from error
+        raise ValueError(f"{named} ends in .gz but is not whole gzip data: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"source={str(source)!r} is not UTF-8 text: {error}; convert it first") from error
+        raise ValueError(f"{named} is not UTF-8 text: {error}; convert it first") from error
     logger.debug("read %d characters from %s", len(text), path)
 
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".jsonl":
-        return _join_jsonl(text, source)
+        return _join_jsonl(text, named)
     if kind == ".raw":
         return _join_wikitext_rows(text)
     return text
 
 
-def _join_jsonl(text: str, source: str | os.PathLike[str]) -> str:
+def _meant(source: str) -> str:
+    packed = f"{source}.gz"
+    names = (
+        [packed] if Path(packed).expanduser().is_file() else get_close_matches(source, (EMBEDDED, *DATASET_NAMES), 1)
+    )
+    return f"; did you mean {names[0]!r}?" if names else ""
+
+
+def _join_jsonl(text: str, named: str) -> str:
     documents = []
     # Not splitlines(): JSON strings may hold other line separators (U+2028) as they are.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -282,12 +292,10 @@ def _join_jsonl(text: str, source: str | os.PathLike[str]) -> str:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"source={str(source)!r}, line {number}, is not JSON: {error}") from error
+            raise ValueError(f"{named}, line {number}, is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             held = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(
-                f'source={str(source)!r}, line {number}, has {held}; an object with a string "text" is needed'
-            )
+            raise ValueError(f'{named}, line {number}, has {held}; an object with a string "text" is needed')
         documents.append(record["text"])
     return BLANK_LINE.join(documents)
 

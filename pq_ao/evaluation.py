@@ -83,7 +83,11 @@ def perplexity(
         raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {context} tokens; lower it")
     warn_beyond_context(model, "sequence_length", sequence_length)
 
-    ids = _flat_ids(corpus) if isinstance(corpus, Tensor) else token_ids(tokenizer, load_text(corpus, split))
+    ids = (
+        _flat_ids(corpus)
+        if isinstance(corpus, Tensor)
+        else token_ids(tokenizer, load_text(corpus, split, argument="corpus"))
+    )
     available = count_windows(ids, sequence_length)
     if windows is None:
         windows = available

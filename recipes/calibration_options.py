@@ -111,16 +111,10 @@ def calibration_data(sources: list[str]) -> TextSource:
     """
     if len(sources) > 1 and set(sources) & set(NAMED):
         raise ValueError(f"--data {' '.join(sources)}: give one of {', '.join(NAMED)} alone, or files.")
-    texts = [file_text("--data", source) for source in sources if source not in NAMED]  # before the work begins
+    texts = [
+        load_text(source, argument="--data") for source in sources if source not in NAMED
+    ]  # before the work begins
     return sources[0] if len(sources) == 1 else texts
-
-
-def file_text(flag: str, source: str, split: str = "train") -> str:
-    """`load_text`, whose errors then name the flag that `source` comes from."""
-    try:
-        return load_text(source, split)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
 
 
 def _finetune(arguments: argparse.Namespace) -> pq_ao.FinetuneConfig | None:

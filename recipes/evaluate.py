@@ -19,8 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pq_ao
-from pq_ao.data import DATASET_NAMES, EMBEDDED, SPLITS
-from recipes.calibration_options import file_text
+from pq_ao.data import DATASET_NAMES, EMBEDDED, SPLITS, load_text
 from recipes.models import add_saved_options, load_saved
 from recipes.terminal import columns, count, run, step, write_json
 
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse(argv)
     for corpus in arguments.corpus:
         if corpus not in (EMBEDDED, *DATASET_NAMES):
-            file_text("--corpus", corpus)  # raises before the work begins
+            load_text(corpus, argument="--corpus")  # raises before the work begins
     folder, model, tokenizer = load_saved(arguments)
     context = model.config.get_text_config().max_position_embeddings
     lengths = arguments.sequence_length or [min(_LENGTH, context)]

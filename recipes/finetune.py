@@ -21,9 +21,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pq_ao
+from pq_ao.data import load_text
 from pq_ao.evaluation import PerplexityResult
 from pq_ao.plots import plot_finetuning
-from recipes.calibration_options import NAMED, add_calibration_options, calibrate_arguments, config_of, file_text
+from recipes.calibration_options import NAMED, add_calibration_options, calibrate_arguments, config_of
 from recipes.models import add_original_options, check_output, load_original
 from recipes.quantize import add_head_option, calibrated, saved
 from recipes.terminal import count, plain, run, step, write_json
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     config = config_of(arguments)
     calibrate_arguments(arguments)
     if arguments.corpus is not None and arguments.corpus not in NAMED:
-        file_text("--corpus", arguments.corpus)
+        load_text(arguments.corpus, argument="--corpus")
     output = Path(arguments.output)
     check_output(output / "checkpoint")
     output.mkdir(parents=True, exist_ok=True)

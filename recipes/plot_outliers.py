@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import pq_ao
-from pq_ao.data import EMBEDDED, calibration_windows, token_ids
+from pq_ao.data import EMBEDDED, calibration_windows, load_text, token_ids
 from pq_ao.outliers import OUTLIER_THRESHOLD, token_ratios
 from pq_ao.plots import plot_outliers
 from pq_ao.prefix import find_prefix
-from recipes.calibration_options import add_data_options, calibration_data, file_text
+from recipes.calibration_options import add_data_options, calibration_data
 from recipes.models import add_original_options, load_original
 from recipes.terminal import columns, count, run, step
 
@@ -27,7 +27,7 @@ from recipes.terminal import columns, count, run, step
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Runs everything; returns the pictures."""
     arguments = parse(argv)
-    data, text = calibration_data(arguments.data), file_text("--text", arguments.text, "test")  # raise at once
+    data, text = calibration_data(arguments.data), load_text(arguments.text, "test", argument="--text")  # raise at once
     folder, model, tokenizer = load_original(arguments)
     ids = token_ids(tokenizer, text)[: arguments.tokens]
     step("prefix")

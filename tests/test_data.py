@@ -97,6 +97,15 @@ class TestLoadTextErrors:
         with pytest.raises(ValueError, match="'wikitext3'.*'embedded', 'wikitext2', 'pile', 'c4'.*jsonl"):
             load_text("wikitext3")
 
+    def test_what_was_meant(self, tmp_path):
+        with pytest.raises(ValueError, match="source='wikitext'.*did you mean 'wikitext2'"):
+            load_text("wikitext")
+        packed = write(tmp_path / "notes.txt.gz", "")
+        with pytest.raises(ValueError, match=f"did you mean '{packed}'"):
+            load_text(tmp_path / "notes.txt")
+        with pytest.raises(ValueError, match=r"existing file\. Allowed"):
+            load_text(tmp_path / "other.txt")
+
     def test_folder(self, tmp_path):
         with pytest.raises(ValueError, match="is a folder"):
             load_text(tmp_path)
@@ -244,6 +253,13 @@ class TestTokenWindows:
     def test_bad_numbers(self, tokenizer, name, value, error):
         with pytest.raises(error, match=f"{name}={value!r}"):
             token_windows(tokenizer, "x" * 100, **{"num_sequences": 1, "sequence_length": 1, "seed": 0, name: value})
+
+    @pytest.mark.parametrize(
+        "data, error", [("nowhere.txt", ValueError), ([""], ValueError), (None, TypeError), ([7], TypeError)]
+    )
+    def test_bad_text_is_named_as_it_was_given(self, tokenizer, data, error):
+        with pytest.raises(error, match="^data"):
+            calibration_windows(tokenizer, data, num_sequences=1, sequence_length=8, seed=0)
 
     def test_zero(self, tokenizer):
         with pytest.raises(ValueError, match="sequence_length=0"):

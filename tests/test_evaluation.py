@@ -179,7 +179,7 @@ class TestErrors:
             perplexity(model, None, [TEXT], sequence_length=32)
 
     def test_unknown_corpus(self, model, tokenizer):
-        with pytest.raises(ValueError, match="'wikitext'.*'wikitext2'"):
+        with pytest.raises(ValueError, match="^corpus='wikitext'.*did you mean 'wikitext2'"):
             perplexity(model, tokenizer, "wikitext", sequence_length=32)
 
 

@@ -56,7 +56,7 @@ def test_what_is_measured_is_kept_where_the_rest_fails(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--corpus nowhere.txt", "--corpus: source='nowhere.txt' is neither"),
+        ("--corpus nowhere.txt", "--corpus='nowhere.txt' is neither"),
         ("--corpus embedded --sequence-length 32 4096", "--sequence-length 4096: the model's context is 512 tokens"),
         ("--windows 0", "--windows: 0: give a whole number of at least 1"),
         ("--tasks piqa_local", "--tasks piqa_local: its records are local; add --task-data FOLDER"),

@@ -107,7 +107,7 @@ def test_all_options_of_the_library_are_flags():
         ("--epochs 3", "--epochs: without effect here; add --finetune"),
         ("--finetune --epochs 0", "epochs=0; a whole number of at least 1"),
         ("--no-prefix --prefix-ids 3", "--prefix-ids: without effect beside --no-prefix"),
-        ("--data nowhere.txt", "--data: source='nowhere.txt' is neither"),
+        ("--data nowhere.txt", "--data='nowhere.txt' is neither"),
         ("--data pile c4", "--data pile c4: give one of embedded, wikitext2, pile, c4 alone"),
         ("--output {model}", "--output .*: holds another model, which is not overwritten"),
         ("--output {model}/config.json", "--output .*: is a file; give a folder"),

@@ -162,7 +162,7 @@ def test_finetune_checks_its_settings_before_it_loads_a_model(tmp_path):
     missing = ["--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="epochs=0"):
         finetune.main([*missing, "--epochs", "0"])
-    with pytest.raises(ValueError, match="--corpus: source='nowhere.txt' is neither"):
+    with pytest.raises(ValueError, match="--corpus='nowhere.txt' is neither"):
         finetune.main([*missing, "--corpus", "nowhere.txt"])
     with pytest.raises(ValueError, match="a.txt"):
         finetune.main([*missing, "--data", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--corpus", "embedded"])
