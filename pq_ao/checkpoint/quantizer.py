@@ -50,7 +50,7 @@ class PrefixQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """ "auto" and its kin, which could choose several devices, become the first one."""
         if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            accelerator = torch.accelerator.current_accelerator()
+            accelerator = torch.accelerator.current_accelerator(check_available=True)  # not what PyTorch was built for
             return {"": torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)}
         return device_map
 
