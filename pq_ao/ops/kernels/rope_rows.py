@@ -16,7 +16,6 @@ from torch import Tensor
 from pq_ao.ops.kernels.codes import ROUNDER
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, small_walsh
-from pq_ao.ops.kernels.raw_input import load_input
 from pq_ao.ops.kernels.rope_parts import divide_and_round
 
 
@@ -29,28 +28,25 @@ def _piece_places(PIECE: tl.constexpr, element: tl.constexpr):
 
 
 @triton.jit
-def _load_piece(
-    ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, PIECE: tl.constexpr, element: tl.constexpr
-):  # fmt: skip
-    """float32 piece of heads that begin at `columns` of `rows`; both [1, 8, WARPS, REPEAT, 1], as the mask."""
-    places = tl.expand_dims(columns, 5) + _piece_places(PIECE, element)
-    x = load_input(ptr + tl.expand_dims(rows, 5), places, tl.expand_dims(mask, 5), in_scale_ptr, in_bias_ptr)
-    return tl.reshape(x, (4, 8, columns.shape[2], columns.shape[3], 8))
+def _load_piece(ptr, place, mask, PIECE: tl.constexpr):
+    """float32 piece of what begins at `place` [1, 8, WARPS or 1, REPEAT or 1, 1], as the mask is."""
+    places = tl.expand_dims(place, 5) + _piece_places(PIECE, ptr.dtype.element_ty)
+    x = tl.load(ptr + places, mask=tl.expand_dims(mask, 5), other=0.0).to(tl.float32)
+    return tl.reshape(x, (4, 8, place.shape[2], place.shape[3], 8))
 
 
 @triton.jit
-def _load_head(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, D: tl.constexpr):
+def _load_head(ptr, row, column, mask, is_head, in_scale_ptr, in_bias_ptr, D: tl.constexpr):
+    """Heads that begin at `column` [1, 8, 1, 1, 1] of rows, of a linear's output or its accumulators."""
     pieces = ()
     for piece in tl.static_range(D // 32):
-        pieces = pieces + (
-            _load_piece(ptr, rows, columns, mask, in_scale_ptr, in_bias_ptr, piece, ptr.dtype.element_ty),
-        )
+        x = _load_piece(ptr, row + column, mask, piece)
+        if in_scale_ptr is not None:
+            x = x * _load_piece(in_scale_ptr, column, is_head, piece)
+            if in_bias_ptr is not None:
+                x += _load_piece(in_bias_ptr, column, is_head, piece)
+        pieces = pieces + (x,)
     return pieces
-
-
-@triton.jit
-def _load_table(ptr, table, mask, PIECE: tl.constexpr):
-    return _load_piece(ptr, table, table * 0, mask, None, None, PIECE, ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -63,7 +59,7 @@ def _normalize(x, weight_ptr, eps, zero, D: tl.constexpr):
     factor = tl.rsqrt(squares * (1.0 / D) + eps)
     done = ()
     for piece in tl.static_range(D // 32):
-        weight = _load_table(weight_ptr, zero, zero == 0, piece)
+        weight = _load_piece(weight_ptr, zero, zero == 0, piece)
         y = (x[piece] * factor).to(dtype).to(tl.float32) * weight
         done = done + (y.to(dtype).to(tl.float32),)
     return done
@@ -75,9 +71,9 @@ def _turn(x, cos_ptr, sin_ptr, table, mask, D: tl.constexpr):
     HALF: tl.constexpr = D // 64
     first, second = (), ()
     for piece in tl.static_range(HALF):
-        cos, sin = _load_table(cos_ptr, table, mask, piece), _load_table(sin_ptr, table, mask, piece)
+        cos, sin = _load_piece(cos_ptr, table, mask, piece), _load_piece(sin_ptr, table, mask, piece)
         first = first + (x[piece] * cos - x[piece + HALF] * sin,)
-        cos, sin = _load_table(cos_ptr, table, mask, piece + HALF), _load_table(sin_ptr, table, mask, piece + HALF)
+        cos, sin = _load_piece(cos_ptr, table, mask, piece + HALF), _load_piece(sin_ptr, table, mask, piece + HALF)
         second = second + (x[piece + HALF] * cos + x[piece] * sin,)
     return first + second
 
@@ -91,11 +87,12 @@ def _walsh(WARPS: tl.constexpr):
 
 
 @triton.jit
-def _hadamard(x, walsh, D: tl.constexpr):
+def _hadamard(x, D: tl.constexpr):
     """R3."""
     WARPS: tl.constexpr = x[0].shape[2]
     REPEAT: tl.constexpr = x[0].shape[3]
     norm: tl.constexpr = D**-0.5
+    walsh = _walsh(WARPS)
     x = butterflies(x, 0, D // 32, 1)
     done = ()
     for piece in tl.static_range(D // 32):
@@ -131,7 +128,7 @@ def _store(
             absmax = 0.0
             shifted = ()
             for piece in tl.static_range(PIECES):
-                y = x[piece] - _load_table(shift_ptr, head * D, is_head, piece)
+                y = x[piece] - _load_piece(shift_ptr, head * D, is_head, piece)
                 absmax = tl.maximum(absmax, tl.max(tl.max(tl.abs(y), axis=4, keep_dims=True), axis=0, keep_dims=True))
                 shifted = shifted + (y,)
             x = shifted
@@ -143,7 +140,7 @@ def _store(
         for piece in tl.static_range(PIECES):
             y = x[piece]
             if not DYNAMIC:
-                y -= _load_table(shift_ptr, head * D, is_head, piece)
+                y -= _load_piece(shift_ptr, head * D, is_head, piece)
             codes = codes + (divide_and_round(y, scale, LOW, HIGH),)
         if BITS == 8:
             _store_head(codes, cache_ptr, row * D, has_slot, PIECES)
@@ -161,9 +158,9 @@ def rope_rows_kernel(
     key_shift_ptr, value_shift_ptr, start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr,
     BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """As rope_store_kernel, whose arguments these are. A program does STEPS times 8 * WARPS * REPEAT heads."""
+    """As rope_store_kernel, whose arguments these are. A program does 8 * WARPS * REPEAT heads."""
     BLOCK_T: tl.constexpr = 8 * WARPS * REPEAT // BLOCK_H
     QUERY_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     KEY_BLOCKS: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
@@ -174,65 +171,61 @@ def rope_rows_kernel(
     lane = tl.arange(0, 8)[None, :, None, None, None]
     warp = tl.arange(0, WARPS)[None, None, :, None, None]
     index = (tl.arange(0, REPEAT)[None, None, None, :, None] * WARPS + warp) * 8 + lane
-    head = block * BLOCK_H + index % BLOCK_H
+    # all tokens of a thread have one head, so that what belongs to it is loaded once
+    head = block * BLOCK_H + lane % BLOCK_H + warp * 0
     is_head = head < tl.where(is_query, H, G)
     column = (head + tl.where(is_query, 0, tl.where(is_value, H + G, H))) * D
-    zero = index * 0
-    walsh = _walsh(WARPS)
-    first = tl.program_id(0) // BLOCKS * STEPS
-    for step in tl.range(first, first + STEPS, num_stages=1):
-        token = step * BLOCK_T + index // BLOCK_H
-        is_token = token < tokens
-        mask = is_token & is_head
-        batch = token // length
-        place = token - batch * length
-        x = _load_head(qkv_ptr, token.to(tl.int64) * ((H + 2 * G) * D), column, mask, in_scale_ptr, in_bias_ptr, D)
-        slot = tl.load(start_ptr) + place
-        row = (batch * G + head).to(tl.int64) * slots + slot
-        has_slot = mask & (slot >= 0) & (slot < slots)
-        if is_value:
-            _store(
-                x, values_ptr, value_token_scale_ptr, value_scale_ptr, value_clip_ptr, value_shift_ptr, row, has_slot,
-                head, is_head, D, BITS, DYNAMIC, LOW, HIGH,
-            )  # fmt: skip
-        else:
-            if query_norm_ptr is not None:
-                if is_query:
-                    x = _normalize(x, query_norm_ptr, eps, zero, D)
-                else:
-                    x = _normalize(x, key_norm_ptr, eps, zero, D)
-            x = _turn(x, cos_ptr, sin_ptr, (batch * table_rows + place).to(tl.int64) * D, is_token, D)
-            if ROTATION:
-                x = _hadamard(x, walsh, D)
+    zero = lane * 0 + warp * 0
+    token = tl.program_id(0) // BLOCKS * BLOCK_T + index // BLOCK_H
+    is_token = token < tokens
+    mask = is_token & is_head
+    batch = token // length
+    place = token - batch * length
+    first = token.to(tl.int64) * ((H + 2 * G) * D)
+    x = _load_head(qkv_ptr, first, column, mask, is_head, in_scale_ptr, in_bias_ptr, D)
+    slot = tl.load(start_ptr) + place
+    row = (batch * G + head).to(tl.int64) * slots + slot
+    has_slot = mask & (slot >= 0) & (slot < slots)
+    if is_value:
+        _store(
+            x, values_ptr, value_token_scale_ptr, value_scale_ptr, value_clip_ptr, value_shift_ptr, row, has_slot,
+            head, is_head, D, BITS, DYNAMIC, LOW, HIGH,
+        )  # fmt: skip
+    else:
+        if query_norm_ptr is not None:
             if is_query:
-                _store_head(x, query_ptr, (token.to(tl.int64) * H + head) * D, mask, D // 32)
+                x = _normalize(x, query_norm_ptr, eps, zero, D)
             else:
-                _store(
-                    x, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_clip_ptr, key_shift_ptr, row, has_slot, head,
-                    is_head, D, BITS, DYNAMIC, LOW, HIGH,
-                )  # fmt: skip
+                x = _normalize(x, key_norm_ptr, eps, zero, D)
+        x = _turn(x, cos_ptr, sin_ptr, (batch * table_rows + place).to(tl.int64) * D, is_token, D)
+        if ROTATION:
+            x = _hadamard(x, D)
+        if is_query:
+            _store_head(x, query_ptr, (token.to(tl.int64) * H + head) * D, mask, D // 32)
+        else:
+            _store(
+                x, keys_ptr, key_token_scale_ptr, key_scale_ptr, key_clip_ptr, key_shift_ptr, row, has_slot, head,
+                is_head, D, BITS, DYNAMIC, LOW, HIGH,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RowsTiling:
-    """Heads of a program: STEPS times 8 * warps * 2, block_h of a token."""
+    """A program does 16 * warps heads, block_h of a token."""
 
     block_h: int
     warps: int
-    steps: int
-    registers: int | None = None  # at most so many a thread
 
 
+_REPEAT = 2  # heads of a thread
 _HEAD_DIMS = (64, 128)
 
 
-def choose_rows_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> RowsTiling | None:
+def choose_rows_tiling(kv_heads: int, head_dim: int, order: int) -> RowsTiling | None:
     """The tiling for many tokens; None for heads that this kernel does not take. `order`: of R3's base, 0 for no R3."""
     if order > 1 or head_dim not in _HEAD_DIMS:
         return None
-    block_h = min(8, triton.next_power_of_2(kv_heads))
-    # the Walsh matrix is made once for all steps, but a GPU should be full
-    return RowsTiling(block_h, 4, 4 if tokens >= 4096 else 1)
+    return RowsTiling(min(8, triton.next_power_of_2(kv_heads)), 4)
 
 
 def launch_rows(
@@ -240,10 +233,9 @@ def launch_rows(
     constants: dict[str, object],
 ) -> None:  # fmt: skip
     """Runs the kernel on its tensors and numbers."""
-    tokens, repeat = numbers[0], 2
     blocks = triton.cdiv(constants["H"], tiling.block_h) + 2 * triton.cdiv(constants["G"], tiling.block_h)
-    block_t = 8 * tiling.warps * repeat * tiling.steps // tiling.block_h
-    rope_rows_kernel[(triton.cdiv(tokens, block_t) * blocks,)](
+    block_t = 8 * tiling.warps * _REPEAT // tiling.block_h
+    rope_rows_kernel[(triton.cdiv(numbers[0], block_t) * blocks,)](
         *tensors, *numbers, **constants, ROTATION=rotation, BLOCK_H=tiling.block_h, WARPS=tiling.warps,
-        REPEAT=repeat, STEPS=tiling.steps, num_warps=tiling.warps, maxnreg=tiling.registers, enable_fp_fusion=False,
+        REPEAT=_REPEAT, num_warps=tiling.warps, enable_fp_fusion=False,
     )  # fmt: skip

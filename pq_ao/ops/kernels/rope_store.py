@@ -225,7 +225,7 @@ _EARLY_TOKENS = 8  # with more, waiting inside takes longer than being launched 
 def choose_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> Tiling | RowsTiling:
     """The tiling for B * L tokens; `order`: of R3's base, 0 for no R3."""
     if tokens > _FEW_TOKENS:
-        tiling = choose_rows_tiling(tokens, kv_heads, head_dim, order)
+        tiling = choose_rows_tiling(kv_heads, head_dim, order)
         if tiling is not None:
             return tiling
     block_h = min(8, triton.next_power_of_2(kv_heads))

@@ -22,8 +22,7 @@ def _specimen(
     options = {"num_warps": tiling.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
     if isinstance(tiling, RowsTiling):
         kernel = rope_rows_kernel
-        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": 2, "STEPS": tiling.steps}
-        options["maxnreg"] = tiling.registers
+        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": 2}
     else:
         kernel = rope_store_kernel
         constants |= {
