@@ -58,6 +58,41 @@ def test_codes_that_fill_tiles(stored, head_dim, scales, start, splits):
     check(case, CODES._replace(splits=splits))
 
 
+@pytest.mark.parametrize("heads, groups, queries", [(1, 1, 1), (3, 1, 1), (5, 1, 1), (8, 1, 1), (6, 2, 2), (4, 4, 7)])
+@pytest.mark.parametrize("stored, head_dim", FILLING)
+def test_rows_beside_codes(stored, head_dim, heads, groups, queries):
+    """One to eight, which four or eight pairs of columns hold."""
+    check(CacheCase(stored, heads=heads, groups=groups, queries=queries, start=70, slots=96, head_dim=head_dim,
+                    device=DEVICE), CODES)  # fmt: skip
+
+
+@pytest.mark.parametrize("scales", ["static", "per-token"])
+@pytest.mark.parametrize("stored, head_dim", FILLING)
+def test_queries_far_apart(stored, head_dim, scales):
+    """Queries are rounded in the unit of the largest of a row: others may be far below, a row of zeros has none."""
+    case = CacheCase(stored, scales=scales, start=70, slots=96, hidden=[0, 40], head_dim=head_dim, device=DEVICE)
+    case.query *= 0.1
+    case.query[..., 5] *= 100
+    case.query[:, :, 0] = 0
+    case.query[:, :, 1] *= 1e-20
+    case.query[:, :, 2] *= 1e-5
+    check(case, CODES)
+
+
+def test_heads_whose_scores_int32_holds():
+    for head_dim, fits in ((512, True), (1024, False)):
+        assert (
+            fills_tiles(stored_as(torch.zeros(1, 1, 1, head_dim // 2, dtype=torch.uint8), head_dim), head_dim) == fits
+        )
+    case = CacheCase(heads=2, groups=1, start=40, slots=64, head_dim=512, batch=1, prefix=0, device=DEVICE)
+    case.query[:] = case.query.abs().max()
+    case.keys.fill_(0)  # codes of -8 ...
+    case.keys[:, :, ::2] = 255  # ... and of 7
+    codes = torch.tensor([7.0, -8.0], dtype=torch.float64, device=DEVICE).repeat(32).view(1, 1, -1, 1)
+    case.key64[:] = codes * case.key_scale.double().view(1, -1, 1, 1)
+    check(case, CODES)
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("queries", [1, 8])  # 2 and 16 rows
 def test_prefix(queries, prefix):

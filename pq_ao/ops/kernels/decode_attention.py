@@ -55,9 +55,12 @@ class Tiles(NamedTuple):
     early: bool = False
 
 
+_LARGEST_HEAD = 512  # whose scores int32 holds: widened codes are at most 128, queries 32,639
+
+
 def fills_tiles(stored: Stored, head_dim: int) -> bool:
     """Whether `decode_codes` can walk what is stored: codes whose words fill the tensor core's tiles."""
-    whole = stored.words % 16 == 0 and stored.words == stored.words_padded
+    whole = stored.words % 16 == 0 and stored.words == stored.words_padded and head_dim <= _LARGEST_HEAD
     return stored.planes >= 4 and whole and stored.words * stored.planes == head_dim
 
 

@@ -1,10 +1,10 @@
-"""Packed codes as the tensor core's operands, without an exchange between threads and without arithmetic.
+"""Packed codes as the tensor core's operands, without an exchange between threads.
 
-Within a tile, words may stand in any order that queries and results share. In these orders each thread's words of a
-key or value lie together in memory, so that codes go from memory to operands in vectors. They are masked into the low
-bits of fp16 numbers and left there: as subnormals they are whole multiples of 2^-24, exactly.
+Within a tile, bytes and words may stand in any order that queries and results share. In these orders what a thread
+holds of a key or value lies together in memory, so that codes go from memory to operands in vectors. Codes of values
+are masked into the low bits of fp16 numbers and left there: as subnormals they are whole multiples of 2^-24, exactly.
 
-Shape suffixes: S slots of a tile, N words of a head, R rows (query x query head), D head dim.
+Shape suffixes: S slots of a tile, K bytes and N words of a head, R rows (query x query head), D head dim.
 """
 
 import triton
@@ -67,27 +67,17 @@ def small_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def key_cells(TILE: tl.constexpr, WORDS: tl.constexpr):
-    """Slot and word of a tile of keys, [S, N] as memory has it.
-
-    Copies are of 128 bits, and threads of a warp read 64 bytes of eight slots, each bank once.
-    """
-    return tl.arange(0, TILE)[:, None], tl.arange(0, WORDS)[None, :]
+def key_operand(key, TILE: tl.constexpr, BYTES: tl.constexpr):
+    """Bytes [S, K] as memory has them, as an operand; `key_dims` tells their order. A thread's lie together."""
+    key = tl.reshape(key, [TILE, BYTES // 64, 4, 4, 4])  # slot, part, lane, register, byte
+    return tl.reshape(tl.permute(key, (0, 1, 3, 2, 4)), [TILE, BYTES])
 
 
 @triton.jit
-def key_operand(words, TILE: tl.constexpr, WORDS: tl.constexpr):
-    """Words loaded from `key_cells` as an operand [S, N]; `key_dims` tells their order."""
-    words = tl.reshape(words, [TILE, WORDS // 16, 4, 2, 2])  # slot, part, lane, pair, word
-    return tl.reshape(tl.permute(words, (0, 1, 3, 2, 4)), [TILE, WORDS])
-
-
-@triton.jit
-def key_dims(PLANE: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
-    """Head dims of the words of `key_operand`, in one plane: [N]."""
-    word = tl.arange(0, WORDS)
-    stored_word = word // 16 * 16 + word // 2 % 4 * 4 + word // 8 % 2 * 2 + word % 2
-    return stored_word * 4 + (PLANE // 2 + PLANE % 2 * (WORDS * 4) if BITS == 4 else PLANE)
+def key_dims(BYTES: tl.constexpr):
+    """Where in memory the bytes of `key_operand` stand, and so the head dims of the low nibbles: [K]."""
+    byte = tl.arange(0, BYTES)
+    return byte // 64 * 64 + byte // 4 % 4 * 16 + byte // 16 % 4 * 4 + byte % 4
 
 
 @triton.jit
