@@ -79,6 +79,20 @@ def test_queries_far_apart(stored, head_dim, scales):
     check(case, CODES)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN slice")  # of the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("stored, head_dim", FILLING)
+def test_a_query_that_is_no_number_stays_none(stored, head_dim, value):
+    """Nor does it touch its neighbours, though all are integers in between."""
+    case = CacheCase(stored, start=70, slots=96, head_dim=head_dim, device=DEVICE)
+    expected = launch(*case.args(), tiles=CODES).view(2, 4, head_dim)
+    case.query[1, 0, 2, head_dim - 3] = value
+    out = launch(*case.args(), tiles=CODES).view(2, 4, head_dim)
+    assert out[1, 2].isnan().all()
+    out[1, 2] = expected[1, 2]
+    assert torch.equal(out, expected)
+
+
 def test_heads_whose_scores_int32_holds():
     for head_dim, fits in ((512, True), (1024, False)):
         assert (

@@ -25,8 +25,14 @@ from pq_ao.ops.kernels.decode_planes import (
 )
 
 _LARGEST_QUERY = tl.constexpr(127 * 256 + 127)  # two signed bytes, of which the upper counts 256
-_LEAST_ABSMAX = tl.constexpr(1e-10)  # of a row of queries; smaller ones hardly tell slots apart
+_LEAST_ABSMAX = tl.constexpr(94 << 23)  # 2^-33, as bits; smaller rows of queries hardly tell slots apart
 _APART = tl.constexpr(13)  # tiles between the beginnings of two KV heads
+
+
+@triton.jit
+def _absmax(query_CK):
+    """Bits of the largest magnitude of each row, which order as magnitudes do; NaN is above all."""
+    return tl.max(query_CK.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
@@ -91,11 +97,11 @@ def codes_part(
     dim = key_dims(BYTES)
     is_row = (query_row < ROWS)[:, None]
     low_CK = tl.load(query_ptr + dim[None, :], mask=is_row, other=0.0).to(tl.float32)
-    absmax_C = tl.max(tl.abs(low_CK), 1)
+    absmax_C = tl.maximum(_absmax(low_CK), _LEAST_ABSMAX)
     if BITS == 4:
         high_CK = tl.load(query_ptr + (dim + BYTES)[None, :], mask=is_row, other=0.0).to(tl.float32)
-        absmax_C = tl.maximum(absmax_C, tl.max(tl.abs(high_CK), 1))
-    unit_C = tl.maximum(absmax_C, _LEAST_ABSMAX) / _LARGEST_QUERY
+        absmax_C = tl.maximum(absmax_C, _absmax(high_CK))
+    unit_C = absmax_C.to(tl.float32, bitcast=True) / _LARGEST_QUERY
     low_CK = _byte(low_CK / unit_C[:, None], column)
     if BITS == 4:
         high_CK = _byte(high_CK / unit_C[:, None], column)
