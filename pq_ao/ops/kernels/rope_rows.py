@@ -29,7 +29,7 @@ def _piece_places(PIECE: tl.constexpr, element: tl.constexpr):
 
 @triton.jit
 def _load_piece(ptr, place, mask, PIECE: tl.constexpr):
-    """float32 piece of what begins at `place` [1, 8, WARPS or 1, REPEAT or 1, 1], as the mask is."""
+    """float32 piece of what begins at `place` [1, 8, WARPS, REPEAT or 1, 1]; the mask is alike."""
     places = tl.expand_dims(place, 5) + _piece_places(PIECE, ptr.dtype.element_ty)
     x = tl.load(ptr + places, mask=tl.expand_dims(mask, 5), other=0.0).to(tl.float32)
     return tl.reshape(x, (4, 8, place.shape[2], place.shape[3], 8))
@@ -37,7 +37,7 @@ def _load_piece(ptr, place, mask, PIECE: tl.constexpr):
 
 @triton.jit
 def _load_head(ptr, row, column, mask, is_head, in_scale_ptr, in_bias_ptr, D: tl.constexpr):
-    """Heads that begin at `column` [1, 8, 1, 1, 1] of rows, of a linear's output or its accumulators."""
+    """Heads that begin at `column` [1, 8, WARPS, 1, 1] of rows, of a linear's output or its accumulators."""
     pieces = ()
     for piece in tl.static_range(D // 32):
         x = _load_piece(ptr, row + column, mask, piece)
