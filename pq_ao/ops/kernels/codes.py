@@ -53,3 +53,11 @@ def nearest_code(x, low: tl.constexpr, high: tl.constexpr):
 def quantize(x, scale, low: tl.constexpr, high: tl.constexpr):
     """clamp(round(x / scale)) in float32: the codes as whole floats."""
     return nearest_code(tl.div_rn(x, scale), low, high)
+
+
+@triton.jit
+def stored_code(x, dtype: tl.constexpr):
+    """Codes that are whole floats, as a byte each; to int8 without a conversion, which would be slow."""
+    if dtype == tl.int8:
+        x = (x + ROUNDER).to(tl.int32, bitcast=True)
+    return x.to(dtype)

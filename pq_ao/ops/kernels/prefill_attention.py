@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pq_ao.ops.kernels import prefill_operands
+from pq_ao.ops.kernels.codes import nearest_code, stored_code
 from pq_ao.ops.kernels.interpret import INTERPRETED
-from pq_ao.ops.kernels.rope_parts import divide_and_round
+from pq_ao.ops.kernels.prefill_operands import split
 from pq_ao.ops.kernels.stored import LOG2E, last_dim_dense
 from pq_ao.ops.quantize import code_range
 
@@ -26,6 +27,8 @@ from pq_ao.ops.quantize import code_range
 _HIDDEN = tl.constexpr(-1e30)
 _LOWEST = tl.constexpr(-5e29)
 _VALUE_GAIN = tl.constexpr(64.0)
+
+_PREFIX_TILE = 16  # tokens
 
 # Owners whose operands exceed this many bytes go one part after another through one scratch.
 SCRATCH_LIMIT = 1 << 28
@@ -85,48 +88,31 @@ def choose_tiles(rows: int, row_bytes: int, shared_bytes: int, tma: bool) -> Til
 
 
 @triton.jit
-def _split(x, OPERAND: tl.constexpr):
-    """float32 as the sum of two operands."""
-    high = x.to(OPERAND)
-    return high, (x - high.to(tl.float32)).to(OPERAND)
-
-
-@triton.jit
 def _prefix(
-    acc_MD, m_M, l_M, query_MD, prefix_key_ptr, prefix_value_ptr, key_shift_ptr, value_shift_ptr, prefix_len, is_dim,
-    score_gain, key_scale, value_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PREFIX_TILE: tl.constexpr,
-    OPERAND: tl.constexpr,
+    acc_MD, m_M, l_M, query_MD, prefix_ptr, stride, prefix_len, score_gain, key_scale, HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr, PREFIX_TILE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The prefix into the running softmax, whose scores and results count in codes. Nothing is rounded to operands."""
-    dim = tl.arange(0, DIM_PADDED)
-    key_shift_D = tl.zeros([DIM_PADDED], tl.float32)
-    value_shift_D = tl.zeros([DIM_PADDED], tl.float32)
-    if key_shift_ptr is not None:
-        key_shift_D = tl.load(key_shift_ptr + dim, mask=is_dim, other=0.0)
-    if value_shift_ptr is not None:
-        value_shift_D = tl.load(value_shift_ptr + dim, mask=is_dim, other=0.0)
+    """The prefix into the running softmax, whose scores count in codes. Nothing is rounded to operands."""
     for first in tl.range(0, prefix_len, PREFIX_TILE, num_stages=1):
-        token = first + tl.arange(0, PREFIX_TILE)
-        is_token = token < prefix_len
-        offset_PD = token[:, None] * HEAD_DIM + dim[None, :]
-        is_cell_PD = is_token[:, None] & is_dim[None, :]
-        key_PD = tl.load(prefix_key_ptr + offset_PD, mask=is_cell_PD, other=0.0).to(tl.float32)
-        value_PD = tl.load(prefix_value_ptr + offset_PD, mask=is_cell_PD, other=0.0).to(tl.float32)
-        high_PD, low_PD = _split(key_PD - key_shift_D[None, :], OPERAND)
-        score_MP = tl.dot(query_MD, tl.trans(low_PD))
-        score_MP = tl.dot(query_MD, tl.trans(high_PD), acc=score_MP)
+        tile_ptr = prefix_ptr + first * HEAD_DIM
+        key_high_PD = _load(tile_ptr, 0, 0, HEAD_DIM, DIM_PADDED, PREFIX_TILE, False).to(OPERAND)
+        key_low_PD = _load(tile_ptr + stride, 0, 0, HEAD_DIM, DIM_PADDED, PREFIX_TILE, False).to(OPERAND)
+        value_high_PD = _load(tile_ptr + 2 * stride, 0, 0, HEAD_DIM, DIM_PADDED, PREFIX_TILE, False).to(OPERAND)
+        value_low_PD = _load(tile_ptr + 3 * stride, 0, 0, HEAD_DIM, DIM_PADDED, PREFIX_TILE, False).to(OPERAND)
+        score_MP = tl.dot(query_MD, tl.trans(key_low_PD))
+        score_MP = tl.dot(query_MD, tl.trans(key_high_PD), acc=score_MP)
+        is_token = first + tl.arange(0, PREFIX_TILE) < prefix_len
         score_MP = tl.where(is_token[None, :], score_MP / key_scale, _HIDDEN)
         new_m_M = tl.maximum(m_M, tl.max(score_MP, 1))
         share_MP = tl.exp2((score_MP - new_m_M[:, None]) * score_gain)
         decay_M = tl.exp2((m_M - new_m_M) * score_gain)
         l_M = l_M * decay_M + tl.sum(share_MP, 1)
         m_M = new_m_M
-        high_MP, low_MP = _split(share_MP, OPERAND)
-        high_PD, low_PD = _split(value_PD - value_shift_D[None, :], OPERAND)
-        acc_MD = tl.dot(low_MP, high_PD, acc=acc_MD * decay_M[:, None])
-        acc_MD = tl.dot(high_MP, low_PD, acc=acc_MD)
-        acc_MD = tl.dot(high_MP, high_PD, acc=acc_MD)
-    return acc_MD / value_gain, m_M, l_M
+        high_MP, low_MP = split(share_MP, OPERAND)
+        acc_MD = tl.dot(low_MP, value_high_PD, acc=acc_MD * decay_M[:, None])
+        acc_MD = tl.dot(high_MP, value_low_PD, acc=acc_MD)
+        acc_MD = tl.dot(high_MP, value_high_PD, acc=acc_MD)
+    return acc_MD, m_M, l_M
 
 
 @triton.jit
@@ -146,22 +132,22 @@ def _load(source, row, first, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, 
 
 @triton.jit
 def _tile(
-    acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, row, first, end, last_slot_M,
+    acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, row, first, plain, end, last_slot_M,
     score_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    TMA: tl.constexpr, OPERAND: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """One tile into the running softmax. Without MASKED every row sees every slot of it."""
+    """One tile into the running softmax. Before slot `plain` every row sees every slot, but for padding."""
     slot = first + tl.arange(0, TILE)
     is_slot = slot < end
     key_SD = _load(keys, row, first, HEAD_DIM, DIM_PADDED, TILE, TMA).to(OPERAND)
     score_MS = tl.dot(query_MD, tl.trans(key_SD))
     if PER_TOKEN:
         score_MS *= tl.load(key_scale_ptr + slot, mask=is_slot, other=1.0)[None, :]
-    if MASKED:
-        seen_MS = slot[None, :] <= last_slot_M[:, None]
-        if visible_ptr is not None:
-            seen_MS = seen_MS & (tl.load(visible_ptr + slot, mask=is_slot, other=0) != 0)[None, :]
+    if visible_ptr is not None:
+        seen_MS = (slot[None, :] <= last_slot_M[:, None]) & (tl.load(visible_ptr + slot, mask=is_slot, other=0) != 0)[None]
         score_MS = tl.where(seen_MS, score_MS, _HIDDEN)
+    elif first >= plain:
+        score_MS = tl.where(slot[None, :] <= last_slot_M[:, None], score_MS, _HIDDEN)
     new_m_M = tl.maximum(m_M, tl.max(score_MS, 1))
     share_MS = tl.exp2(score_MS * score_gain - (new_m_M * score_gain)[:, None])
     decay_M = tl.exp2((m_M - new_m_M) * score_gain)
@@ -175,15 +161,14 @@ def _tile(
 
 @triton.jit(do_not_specialize=["first_owner", "owners", "together", "prefix_len", "num_queries"])
 def prefill_kernel(
-    query_ptr, keys, values, key_scale_ptr, value_scale_ptr, key_shift_ptr, value_shift_ptr, prefix_key_ptr,
-    prefix_value_ptr, start_ptr, visible_ptr, out_scale_ptr, out_shift_ptr, out_ptr,
+    query_ptr, keys, values, key_scale_ptr, value_scale_ptr, value_shift_ptr, prefix_ptr, start_ptr, visible_ptr, out_scale_ptr, out_shift_ptr, out_ptr,
     scaling_log2e, first_owner, owners, together, slots, total, prefix_len, num_queries, visible_stride, stride_b,
     stride_l, stride_h,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`keys`, `values`: the scratch [owners, T, D], by descriptors of tiles or by pointers."""
+    """`keys`, `values`: the scratch [owners, T, D], by descriptors of tiles or by pointers; `prefix_ptr`: its parts."""
     GROUPS: tl.constexpr = HEADS // REPEAT
     KIND: tl.constexpr = keys.dtype if TMA else keys.dtype.element_ty
     # the interpreter multiplies the bits of bfloat16
@@ -221,8 +206,6 @@ def prefill_kernel(
         key_scale = tl.load(key_scale_ptr + group)
         value_gain = tl.load(value_scale_ptr + group)
     score_gain = scaling_log2e * key_scale
-    if key_shift_ptr is not None:
-        key_shift_ptr += group * HEAD_DIM
     if value_shift_ptr is not None:
         value_shift_ptr += group * HEAD_DIM
     if visible_ptr is not None:
@@ -235,41 +218,37 @@ def prefill_kernel(
     m_M = tl.full([ROWS], _LOWEST, tl.float32)
     l_M = tl.zeros([ROWS], tl.float32)
     acc_MD = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-    if PREFIX_TILE > 0:
-        prefix_offset = group * prefix_len * HEAD_DIM
-        acc_MD, m_M, l_M = _prefix(
-            acc_MD, m_M, l_M, query_MD, prefix_key_ptr + prefix_offset, prefix_value_ptr + prefix_offset,
-            key_shift_ptr, value_shift_ptr, prefix_len, is_dim, score_gain, key_scale, value_gain, HEAD_DIM, DIM_PADDED,
-            PREFIX_TILE, OPERAND,
-        )  # fmt: skip
     end = start + tl.minimum((block * ROWS + ROWS - 1) // REPEAT + 1, num_queries)
-    plain = 0
-    if visible_ptr is None:
-        # tiles that the block's first query sees whole need no mask
-        plain = (start + block * ROWS // REPEAT + 1) // TILE * TILE
-        for first in tl.range(0, plain, TILE, num_stages=STAGES):
-            acc_MD, m_M, l_M = _tile(
-                acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, first_row, first,
-                end, last_slot_M, score_gain, HEAD_DIM, DIM_PADDED, PER_TOKEN, TILE, TMA, OPERAND, False,
-            )  # fmt: skip
-    for first in tl.range(plain, end, TILE, num_stages=STAGES):
+    plain = (start + block * ROWS // REPEAT + 1) // TILE * TILE
+    for first in tl.range(0, end, TILE, num_stages=STAGES):
         acc_MD, m_M, l_M = _tile(
             acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, first_row, first,
-            end, last_slot_M, score_gain, HEAD_DIM, DIM_PADDED, PER_TOKEN, TILE, TMA, OPERAND, True,
+            plain, end, last_slot_M, score_gain, HEAD_DIM, DIM_PADDED, PER_TOKEN, TILE, TMA, OPERAND,
         )  # fmt: skip
+    if PREFIX_TILE > 0:  # last, for its loads would delay those of the first tiles
+        padded = tl.cdiv(prefix_len, PREFIX_TILE) * PREFIX_TILE * HEAD_DIM
+        acc_MD, m_M, l_M = _prefix(
+            acc_MD * value_gain, m_M, l_M, query_MD, prefix_ptr + group * padded, GROUPS * padded, prefix_len,
+            score_gain, key_scale, HEAD_DIM, DIM_PADDED, PREFIX_TILE, OPERAND,
+        )  # fmt: skip
+        value_gain = 1.0
 
     gain_M = value_gain / tl.where(l_M > 0, l_M, 1.0)  # zeros where nothing is seen
-    out_MD = acc_MD * gain_M[:, None]
-    if value_shift_ptr is not None:
-        out_MD += tl.load(value_shift_ptr + dim, mask=is_dim, other=0.0)[None, :]
     cell_MD = head[:, None] * HEAD_DIM + dim[None, :]
+    offset_MD = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    if value_shift_ptr is not None:
+        offset_MD += tl.load(value_shift_ptr + dim, mask=is_dim, other=0.0)[None, :]
     if out_scale_ptr is not None:
+        part = tl.div_rn(1.0, tl.load(out_scale_ptr))
         if out_shift_ptr is not None:
-            out_MD -= tl.load(out_shift_ptr + cell_MD, mask=is_cell_MD, other=0.0)
-        out_MD = divide_and_round(out_MD, tl.load(out_scale_ptr), LOW, HIGH)
+            offset_MD -= tl.load(out_shift_ptr + cell_MD, mask=is_cell_MD, other=0.0)
+        out_MD = tl.fma(acc_MD, (gain_M * part)[:, None], offset_MD * part)
+        out_MD = stored_code(nearest_code(out_MD, LOW, HIGH), out_ptr.dtype.element_ty)
+    else:
+        out_MD = tl.fma(acc_MD, gain_M[:, None], offset_MD)
     out_ptr += batch.to(tl.int64) * num_queries * (HEADS * HEAD_DIM)
     out_offset_MD = query[:, None] * (HEADS * HEAD_DIM) + cell_MD
-    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_cell_MD)
+    tl.store(out_ptr + out_offset_MD, out_MD, mask=is_cell_MD)
 
 
 def launch(
@@ -316,6 +295,9 @@ def launch(
     )
     scratch = torch.empty(2, at_once, total, head_dim, dtype=kind, device=query.device)
     low, high = code_range(bits, codes)
+    prefix = None
+    if prefix_len:
+        prefix = prefill_operands.prefix_parts(prefix_key, prefix_value, key_shift, value_shift, kind, _PREFIX_TILE)
     for first_owner in range(0, batch * groups, at_once):
         owners = min(at_once, batch * groups - first_owner)
         wide = (scratch[0, :owners], scratch[1, :owners])
@@ -324,12 +306,11 @@ def launch(
             block = [tiles.slots, padded]
             wide = tuple(TensorDescriptor.from_tensor(w.view(owners * total, head_dim), block) for w in wide)
         prefill_kernel[(triton.cdiv(queries * repeat, tiles.rows) * owners,)](
-            query, *wide, key_scale, value_scale, key_shift, value_shift, prefix_key.contiguous(),
-            prefix_value.contiguous(), start, visible, out_scale, out_shift, out, scaling * LOG2E, first_owner, owners,
+            query, *wide, key_scale, value_scale, value_shift, prefix, start, visible, out_scale, out_shift, out, scaling * LOG2E, first_owner, owners,
             together, slots, total, prefix_len, queries, 0 if visible is None else visible.stride(0),
             query.stride(0), query.stride(1), query.stride(2),
             HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, DIM_PADDED=padded,
-            PER_TOKEN=key_scale is not None and key_scale.ndim == 3, PREFIX_TILE=16 if prefix_len else 0, LOW=low,
+            PER_TOKEN=key_scale is not None and key_scale.ndim == 3, PREFIX_TILE=_PREFIX_TILE if prefix_len else 0, LOW=low,
             HIGH=high, ROWS=tiles.rows, TILE=tiles.slots, STAGES=tiles.stages, TMA=tiles.tma, num_warps=tiles.warps,
         )  # fmt: skip
     return out

@@ -72,3 +72,53 @@ def fill(
         BITS=stored.bits, PLANES=stored.planes, WORDS=stored.words, WORDS_PADDED=stored.words_padded,
         HEAD_DIM=head_dim, TILE=_TILE, ALIGN=ALIGN, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def split(x, OPERAND: tl.constexpr):
+    """float32 as the sum of two operands."""
+    high = x.to(OPERAND)
+    return high, (x - high.to(tl.float32)).to(OPERAND)
+
+
+@triton.jit(do_not_specialize=["tokens", "padded"])
+def prefix_parts_kernel(
+    key_ptr, value_ptr, key_shift_ptr, value_shift_ptr, parts_ptr, tokens, padded,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program has TILE tokens of one KV head; what follows the last is zeros."""
+    kind: tl.constexpr = parts_ptr.dtype.element_ty
+    group = tl.program_id(0)
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    dim = tl.arange(0, DIM_PADDED)
+    is_dim = (dim < HEAD_DIM)[None, :]
+    is_cell = (token < tokens)[:, None] & is_dim
+    source = group * tokens * HEAD_DIM + token[:, None] * HEAD_DIM + dim[None, :]
+    parts_ptr += group * padded * HEAD_DIM + token[:, None] * HEAD_DIM + dim[None, :]
+    stride = tl.num_programs(0) * padded * HEAD_DIM
+    for which in tl.static_range(2):
+        x = tl.load((value_ptr if which else key_ptr) + source, mask=is_cell, other=0.0).to(tl.float32)
+        shift_ptr = value_shift_ptr if which else key_shift_ptr
+        if shift_ptr is not None:
+            x -= tl.load(shift_ptr + group * HEAD_DIM + dim[None, :], mask=is_dim, other=0.0)
+        high, low = split(x, kind)
+        tl.store(parts_ptr + 2 * which * stride, tl.where(is_cell, high, 0.0), mask=is_dim)
+        tl.store(parts_ptr + (2 * which + 1) * stride, tl.where(is_cell, low, 0.0), mask=is_dim)
+
+
+def prefix_parts(
+    key: Tensor, value: Tensor, key_shift: Tensor | None, value_shift: Tensor | None, kind: torch.dtype, tile: int
+) -> Tensor:
+    """What the prefix [G, N, D] is to the shifts, in two numbers each.
+
+    Returns:
+        [4, G, N padded to whole tiles, D] of dtype `kind`: keys, what they leave, values, what they leave.
+    """
+    groups, tokens, head_dim = key.shape
+    padded = triton.cdiv(tokens, tile) * tile
+    parts = torch.empty(4, groups, padded, head_dim, dtype=kind, device=key.device)
+    prefix_parts_kernel[(groups, padded // tile)](
+        key.contiguous(), value.contiguous(), key_shift, value_shift, parts, tokens, padded,
+        HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), TILE=tile, num_warps=4,
+    )  # fmt: skip
+    return parts

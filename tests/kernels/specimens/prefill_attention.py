@@ -6,7 +6,7 @@ from tests.kernels.specimens import Specimen
 
 _SCALES = {"key_scale_ptr": "*fp32", "value_scale_ptr": "*fp32"}
 _OUTPUT = {"out_scale_ptr": "*fp32", "out_shift_ptr": "*fp32"}
-_SHIFTS = {"key_shift_ptr": "*fp32", "value_shift_ptr": "*fp32"}
+_SHIFTS = {"value_shift_ptr": "*fp32"}
 _STATIC = _SCALES | _SHIFTS | _OUTPUT
 _PER_TOKEN = _SCALES | _SHIFTS | {"visible_ptr": "*i1"}
 
@@ -20,7 +20,7 @@ def _aligned(types: dict[str, str]) -> tuple[str, ...]:
 def _prefill(name, types, *, kind="bf16", out="i8", rows=64, tile=64, warps=4, tma=True, **constants):
     operand = f"tensordesc<{kind}[{tile}, 128]>" if tma else f"*{kind}"
     pointers = {"query_ptr": "*bf16", "keys": operand, "values": operand, "start_ptr": "*i64", "out_ptr": f"*{out}"}
-    pointers |= {"prefix_key_ptr": "*bf16", "prefix_value_ptr": "*bf16"}
+    pointers |= {"prefix_ptr": f"*{kind}"}
     sizes = ("first_owner", "owners", "together", "slots", "total", "prefix_len", "num_queries", "visible_stride")
     numbers = {"scaling_log2e": "fp32"} | dict.fromkeys((*sizes, "stride_b", "stride_l", "stride_h"), "i32")
     types = pointers | types | numbers
