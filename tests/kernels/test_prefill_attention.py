@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from pq_ao.ops.kernels import prefill_attention  # noqa: E402
 from pq_ao.ops.kernels.interpret import INTERPRETED  # noqa: E402
 from pq_ao.ops.kernels.prefill_attention import Tiles, choose_tiles, launch  # noqa: E402
+from pq_ao.ops.kernels.prefill_operands import prefix_parts  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -53,6 +54,20 @@ def test_equals_float64(stored, scales, queries, start, tiles):
 @pytest.mark.parametrize("prefix", [0, 1, 18])
 def test_prefix(prefix, tiles):
     check(CacheCase(prefix=prefix, queries=20, start=0, slots=24, device=DEVICE), tiles)
+
+
+@pytest.mark.parametrize("kind, bits", [(torch.bfloat16, 14), (torch.float16, 21), (torch.float32, 24)])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_prefix_parts(tokens, kind, bits):
+    """Two numbers hold what the prefix is less its shift (bfloat16 even where conversions cut off); zeros follow."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(3, tokens, 40, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
+    shift = torch.randn(3, 1, 40, generator=generator).to(DEVICE)
+    parts = prefix_parts(key, value, shift, None, kind, 16).double()
+    assert parts.shape == (4, 3, 16 * -(-tokens // 16), 40) and not parts[:, :, tokens:].any()
+    assert not parts[3].any() and torch.equal(parts[2, :, :tokens], value.double())
+    expected = key.double() - shift.double()
+    torch.testing.assert_close(parts[0, :, :tokens] + parts[1, :, :tokens], expected, rtol=0.5**bits, atol=0.5**24)
 
 
 @pytest.mark.parametrize("stored", ["packed", "int8"])

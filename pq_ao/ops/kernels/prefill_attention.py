@@ -1,7 +1,7 @@
 """Attention of many queries over [prefix | cache]: flash attention whose keys and values are the stored codes.
 
 A pass before widens the codes (`prefill_operands`). Then a program owns a block of rows (query x query head of one KV
-head) and walks the prefix, then the slots that its queries see. Scales act on scores and results, so prefill sees the
+head) and walks the slots that its queries see, then the prefix. Scales act on scores and results, so prefill sees the
 very numbers that decode will see.
 
 An owner is one KV head of one batch row.
@@ -132,9 +132,9 @@ def _load(source, row, first, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, 
 
 @triton.jit
 def _tile(
-    acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, row, first, plain, end, last_slot_M,
-    score_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    TMA: tl.constexpr, OPERAND: tl.constexpr,
+    acc_MD, m_M, l_M, query_MD, keys, values, key_scale_ptr, value_scale_ptr, visible_ptr, row, first, plain, end,
+    last_slot_M, score_gain, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    TILE: tl.constexpr, TMA: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """One tile into the running softmax. Before slot `plain` every row sees every slot, but for padding."""
     slot = first + tl.arange(0, TILE)
@@ -144,8 +144,8 @@ def _tile(
     if PER_TOKEN:
         score_MS *= tl.load(key_scale_ptr + slot, mask=is_slot, other=1.0)[None, :]
     if visible_ptr is not None:
-        seen_MS = (slot[None, :] <= last_slot_M[:, None]) & (tl.load(visible_ptr + slot, mask=is_slot, other=0) != 0)[None]
-        score_MS = tl.where(seen_MS, score_MS, _HIDDEN)
+        is_visible = tl.load(visible_ptr + slot, mask=is_slot, other=0) != 0
+        score_MS = tl.where((slot[None, :] <= last_slot_M[:, None]) & is_visible[None, :], score_MS, _HIDDEN)
     elif first >= plain:
         score_MS = tl.where(slot[None, :] <= last_slot_M[:, None], score_MS, _HIDDEN)
     new_m_M = tl.maximum(m_M, tl.max(score_MS, 1))
@@ -161,14 +161,16 @@ def _tile(
 
 @triton.jit(do_not_specialize=["first_owner", "owners", "together", "prefix_len", "num_queries"])
 def prefill_kernel(
-    query_ptr, keys, values, key_scale_ptr, value_scale_ptr, value_shift_ptr, prefix_ptr, start_ptr, visible_ptr, out_scale_ptr, out_shift_ptr, out_ptr,
+    query_ptr, keys, values, key_scale_ptr, value_scale_ptr, value_shift_ptr, prefix_ptr, start_ptr, visible_ptr,
+    out_scale_ptr, out_shift_ptr, out_ptr,
     scaling_log2e, first_owner, owners, together, slots, total, prefix_len, num_queries, visible_stride, stride_b,
     stride_l, stride_h,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     PER_TOKEN: tl.constexpr, PREFIX_TILE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`keys`, `values`: the scratch [owners, T, D], by descriptors of tiles or by pointers; `prefix_ptr`: its parts."""
+    """`keys`, `values`: the scratch [owners, T, D], by descriptors of tiles or by pointers; `prefix_ptr`: its parts
+    (see `prefix_parts`)."""
     GROUPS: tl.constexpr = HEADS // REPEAT
     KIND: tl.constexpr = keys.dtype if TMA else keys.dtype.element_ty
     # the interpreter multiplies the bits of bfloat16
@@ -306,12 +308,13 @@ def launch(
             block = [tiles.slots, padded]
             wide = tuple(TensorDescriptor.from_tensor(w.view(owners * total, head_dim), block) for w in wide)
         prefill_kernel[(triton.cdiv(queries * repeat, tiles.rows) * owners,)](
-            query, *wide, key_scale, value_scale, value_shift, prefix, start, visible, out_scale, out_shift, out, scaling * LOG2E, first_owner, owners,
-            together, slots, total, prefix_len, queries, 0 if visible is None else visible.stride(0),
-            query.stride(0), query.stride(1), query.stride(2),
+            query, *wide, key_scale, value_scale, value_shift, prefix, start, visible, out_scale, out_shift, out,
+            scaling * LOG2E, first_owner, owners, together, slots, total, prefix_len, queries,
+            0 if visible is None else visible.stride(0), query.stride(0), query.stride(1), query.stride(2),
             HEADS=heads, REPEAT=repeat, HEAD_DIM=head_dim, DIM_PADDED=padded,
-            PER_TOKEN=key_scale is not None and key_scale.ndim == 3, PREFIX_TILE=_PREFIX_TILE if prefix_len else 0, LOW=low,
-            HIGH=high, ROWS=tiles.rows, TILE=tiles.slots, STAGES=tiles.stages, TMA=tiles.tma, num_warps=tiles.warps,
+            PER_TOKEN=key_scale is not None and key_scale.ndim == 3, PREFIX_TILE=_PREFIX_TILE if prefix_len else 0,
+            LOW=low, HIGH=high, ROWS=tiles.rows, TILE=tiles.slots, STAGES=tiles.stages, TMA=tiles.tma,
+            num_warps=tiles.warps,
         )  # fmt: skip
     return out
 

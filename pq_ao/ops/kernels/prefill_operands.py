@@ -1,4 +1,5 @@
-"""What prefill multiplies: the cache in a scratch of whole tiles, codes widened to the type that the queries have.
+"""What prefill multiplies: the cache in a scratch of whole tiles, codes widened to the type that the queries have; and
+the prefix.
 
 INT4 and INT8 codes are whole numbers that fp16 and bfloat16 hold exactly. A query goes to the tensor core as it lies in
 memory only beside operands of its own type: a converted one would be held in registers and handed over for every tile.
@@ -100,19 +101,27 @@ def prefix_parts_kernel(
         x = tl.load((value_ptr if which else key_ptr) + source, mask=is_cell, other=0.0).to(tl.float32)
         shift_ptr = value_shift_ptr if which else key_shift_ptr
         if shift_ptr is not None:
-            x -= tl.load(shift_ptr + group * HEAD_DIM + dim[None, :], mask=is_dim, other=0.0)
+            x = tl.where(is_cell, x - tl.load(shift_ptr + group * HEAD_DIM + dim[None, :], mask=is_dim, other=0.0), 0.0)
         high, low = split(x, kind)
-        tl.store(parts_ptr + 2 * which * stride, tl.where(is_cell, high, 0.0), mask=is_dim)
-        tl.store(parts_ptr + (2 * which + 1) * stride, tl.where(is_cell, low, 0.0), mask=is_dim)
+        tl.store(parts_ptr + 2 * which * stride, high, mask=is_dim)
+        tl.store(parts_ptr + (2 * which + 1) * stride, low, mask=is_dim)
 
 
 def prefix_parts(
     key: Tensor, value: Tensor, key_shift: Tensor | None, value_shift: Tensor | None, kind: torch.dtype, tile: int
 ) -> Tensor:
-    """What the prefix [G, N, D] is to the shifts, in two numbers each.
+    """The prefix less the shifts, whose elements no operand of 2 bytes holds: each is the sum of two.
+
+    Args:
+        key: [G, N, D].
+        value: [G, N, D].
+        key_shift: float32 (G, 1, D) or None.
+        value_shift: float32 (G, 1, D) or None.
+        kind: dtype of the operands.
+        tile: tokens of a tile.
 
     Returns:
-        [4, G, N padded to whole tiles, D] of dtype `kind`: keys, what they leave, values, what they leave.
+        [4, G, N padded to whole tiles, D] of `kind`: keys and what they leave, values and what they leave.
     """
     groups, tokens, head_dim = key.shape
     padded = triton.cdiv(tokens, tile) * tile

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pq_ao.ops.kernels.codes import ROUNDER, is_even, nearest_code
+from pq_ao.ops.kernels.codes import ROUNDER, is_even, nearest_code, stored_code
 from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.kernels.raw_input import NO_MODIFIER, load_input
 
@@ -57,7 +57,7 @@ def to_codes(y, scale, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexp
     if dtype == tl.float32:
         return y
     if not is_even(HIGH):
-        return nearest_code(y * (1.0 / scale), LOW, HIGH).to(dtype)
+        return stored_code(nearest_code(y * (1.0 / scale), LOW, HIGH), dtype)
     # The order of sums already decides between two codes at their edge, so a true division would buy nothing here.
     # Clamping before the product leaves the product and the rounding to one instruction.
     y = tl.minimum(tl.maximum(y, LOW * scale), HIGH * scale) * (1.0 / scale) + ROUNDER

@@ -1,7 +1,7 @@
 """Prefill attention at the shape of Llama-3-8B: what it multiplies, by descriptors and by pointers."""
 
 from pq_ao.ops.kernels.prefill_attention import prefill_kernel
-from pq_ao.ops.kernels.prefill_operands import ALIGN, operands_kernel
+from pq_ao.ops.kernels.prefill_operands import ALIGN, operands_kernel, prefix_parts_kernel
 from tests.kernels.specimens import Specimen
 
 _SCALES = {"key_scale_ptr": "*fp32", "value_scale_ptr": "*fp32"}
@@ -48,6 +48,20 @@ def _operands(name, word, kind, bits, planes, words):
     )
 
 
+def _prefix_parts(name, source, kind, shifted=True):
+    types = {"key_ptr": f"*{source}", "value_ptr": f"*{source}", "parts_ptr": f"*{kind}"}
+    shifts = ("key_shift_ptr", "value_shift_ptr")
+    constants = {"HEAD_DIM": 128, "DIM_PADDED": 128, "TILE": 16}
+    if shifted:
+        types |= dict.fromkeys(shifts, "*fp32")
+    else:
+        constants |= dict.fromkeys(shifts)
+    return Specimen(
+        f"prefix_parts/{name}", prefix_parts_kernel, types | dict.fromkeys(("tokens", "padded"), "i32"), constants,
+        {"num_warps": 4}, aligned=tuple(types),
+    )  # fmt: skip
+
+
 SPECIMENS = [
     _prefill("static", _STATIC, LOW=-15, HIGH=14),
     _prefill("per token", _PER_TOKEN, out="fp32", PER_TOKEN=True),
@@ -58,4 +72,6 @@ SPECIMENS = [
     _operands("int4", "u8", "bf16", 4, 2, 64),
     _operands("int8", "i8", "fp16", 8, 1, 128),
     _operands("floats", "bf16", "bf16", 16, 1, 128),
+    _prefix_parts("shifted", "bf16", "bf16"),
+    _prefix_parts("floats", "fp16", "fp16", shifted=False),
 ]
