@@ -28,7 +28,7 @@ MAX_COLUMNS = 8  # of its smallest
 MAX_SPLITS = 63  # the last program to arrive reads them all, and the part of the prefix
 
 _SCHEDULERS = 4  # of a multiprocessor
-_RESIDENT = 3  # programs of one warp with at most 168 registers that a scheduler holds
+_TOGETHER = 2  # programs of one warp that a scheduler takes best where memory decides; more fit
 
 
 class Tiles(NamedTuple):
@@ -89,8 +89,8 @@ def _tiles_of_codes(kv_heads: int, slots: int, bits: int, processors: int) -> Ti
     at_once = _SCHEDULERS * processors  # a second program would slow the first
     splits = max(1, min(wanted, at_once // kv_heads))
     if kv_heads > at_once or (splits < wanted and slots > 1024 * splits):
-        # bound by bandwidth: all that are resident; launched early they would take places unevenly
-        splits = max(1, min(wanted, _RESIDENT * at_once // kv_heads))
+        # bound by bandwidth; launched early they would take places unevenly
+        splits = max(1, min(wanted, _TOGETHER * at_once // kv_heads))
         return codes._replace(splits=splits, registers=144 if bits == 4 else 168, prefix_apart=False)
     # the prefix's program, too, wants a scheduler of its own; launched early, more than one program a multiprocessor
     # took longer
