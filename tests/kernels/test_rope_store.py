@@ -118,7 +118,10 @@ def test_many_tokens(kwargs, mode, bits):
     check(Case(bits=bits, mode=mode, **kwargs), ROWS)
 
 
-@pytest.mark.parametrize("tiling", [RowsTiling(8, 4), RowsTiling(1, 8), RowsTiling(4, 2)])
+@pytest.mark.parametrize(
+    "tiling",
+    [RowsTiling(8, 4), RowsTiling(1, 8), RowsTiling(4, 2), RowsTiling(2, 4, repeat=1), RowsTiling(8, 1, repeat=1)],
+)
 def test_every_tiling_of_many_tokens(tiling):
     check(Case(heads=6, groups=3, length=11, start=0, head_dim=64), tiling)
 
@@ -143,7 +146,8 @@ def test_accumulators(bias):
 
 def test_the_choice_by_tokens_and_head_dim():
     assert isinstance(choose_tiling(1, 8, 128, 1), Tiling) and isinstance(choose_tiling(8192, 8, 128, 1), RowsTiling)
-    assert isinstance(choose_tiling(8192, 8, 64, 0), RowsTiling)
+    assert isinstance(choose_tiling(16, 8, 128, 1), Tiling) and choose_tiling(32, 8, 128, 1) == RowsTiling(8, 4, 1)
+    assert choose_tiling(128, 8, 128, 1).repeat == 1 and choose_tiling(8192, 8, 64, 0) == RowsTiling(8, 4, 2)
     for head_dim, order in ((80, 20), (256, 1), (128, 2)):
         assert isinstance(choose_tiling(8192, 8, head_dim, order), Tiling)
 

@@ -211,21 +211,22 @@ def rope_rows_kernel(
 
 @dataclass(frozen=True)
 class RowsTiling:
-    """A program does 16 * warps heads, block_h of a token."""
+    """A program does 8 * warps * repeat heads, block_h of a token; a thread has parts of `repeat` heads."""
 
     block_h: int
     warps: int
+    repeat: int = 2
 
 
-_REPEAT = 2  # heads of a thread
+_MOST_APART = 512  # tokens: with more, two heads a thread still leave every multiprocessor some programs
 _HEAD_DIMS = (64, 128)
 
 
-def choose_rows_tiling(kv_heads: int, head_dim: int, order: int) -> RowsTiling | None:
+def choose_rows_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) -> RowsTiling | None:
     """The tiling for many tokens; None for heads that this kernel does not take. `order`: of R3's base, 0 for no R3."""
     if order > 1 or head_dim not in _HEAD_DIMS:
         return None
-    return RowsTiling(min(8, triton.next_power_of_2(kv_heads)), 4)
+    return RowsTiling(min(8, triton.next_power_of_2(kv_heads)), 4, repeat=1 if tokens <= _MOST_APART else 2)
 
 
 def launch_rows(
@@ -234,8 +235,8 @@ def launch_rows(
 ) -> None:  # fmt: skip
     """Runs the kernel on its tensors and numbers."""
     blocks = triton.cdiv(constants["H"], tiling.block_h) + 2 * triton.cdiv(constants["G"], tiling.block_h)
-    block_t = 8 * tiling.warps * _REPEAT // tiling.block_h
+    block_t = 8 * tiling.warps * tiling.repeat // tiling.block_h
     rope_rows_kernel[(triton.cdiv(numbers[0], block_t) * blocks,)](
         *tensors, *numbers, **constants, ROTATION=rotation, BLOCK_H=tiling.block_h, WARPS=tiling.warps,
-        REPEAT=_REPEAT, num_warps=tiling.warps, enable_fp_fusion=False,
+        REPEAT=tiling.repeat, num_warps=tiling.warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -22,7 +22,7 @@ def _specimen(
     options = {"num_warps": tiling.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
     if isinstance(tiling, RowsTiling):
         kernel = rope_rows_kernel
-        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": 2}
+        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": tiling.repeat}
     else:
         kernel = rope_store_kernel
         constants |= {
@@ -55,6 +55,7 @@ SPECIMENS = [
     _specimen("decode", 1),
     _specimen("decode, early", 1, early=True),
     _specimen("decode, accumulators", 1, raw=True),
+    _specimen("decode of 128", 128),
     _specimen("prefill", 8192),
     _specimen("prefill, accumulators", 8192, raw=True),
     _specimen("decode, dynamic", 1, dynamic=True),
