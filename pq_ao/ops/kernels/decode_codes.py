@@ -26,7 +26,7 @@ from pq_ao.ops.kernels.decode_planes import (
 
 _LARGEST_QUERY = tl.constexpr(127 * 256 + 127)  # two signed bytes, of which the upper counts 256
 _LEAST_ABSMAX = tl.constexpr(94 << 23)  # 2^-33, as bits; smaller rows of queries hardly tell slots apart
-_APART = tl.constexpr(13)  # tiles between the beginnings of two KV heads
+_APART = tl.constexpr(61)  # tiles between the beginnings of two KV heads
 
 
 @triton.jit
