@@ -31,18 +31,33 @@ def _is_whole(row: Row) -> bool:
     return row["layers"] == row.get("model_layers", row["layers"]) or bool(row.get("extrapolated"))
 
 
-def _worth(row: Row) -> int:
-    """A failure does not take the place of a measurement, nor an extrapolated number that of all layers."""
+def _ours_beside(row: Row, run: Results) -> Row | None:
+    """Static mode's row of the same shape in the run, unless it failed."""
+    keys = [row.get(name) for name in _RUN_KEYS]
+    ours = [
+        other
+        for other in run.rows
+        if (other["system"], other["head"]) == _OURS and [other.get(name) for name in _RUN_KEYS] == keys
+    ]
+    return ours[-1] if ours and ours[-1].get("error") is None else None
+
+
+def _worth(row: Row, run: Results) -> int:
+    """What does not take the place of what: a failure of a measurement, an extrapolated number of that of all layers, a
+    row of a run that was cut before it measured static mode, too, of one with both.
+    """
     if row.get("error") is not None:
         return 0
-    return 1 if row.get("extrapolated") else 2
+    if row.get("extrapolated"):
+        return 1
+    return 2 if _ours_beside(row, run) is None else 3
 
 
 def whole_rows(results: Iterable[Results]) -> list[Found]:
     """The newest row of each system and shape among those that are worth most."""
     results, kept = list(results), {}
-    for worth in range(3):
-        runs = [replace(run, rows=[r for r in run.rows if _is_whole(r) and _worth(r) == worth]) for run in results]
+    for worth in range(4):
+        runs = [replace(run, rows=[r for r in run.rows if _is_whole(r) and _worth(r, run) == worth]) for run in results]
         origin = {id(chosen): run for chosen, run in zip(runs, results, strict=True)}
         for row, chosen in newest_rows(runs, _KEYS):
             kept[tuple(row.get(name) for name in _KEYS)] = (row, origin[id(chosen)])
@@ -114,15 +129,10 @@ def _table(model: str, phase: str, rows: Sequence[Found]) -> str:
 
 def _against_ours(row: Row, run: Results) -> str:
     """Time of static mode over that of another system, both from its run: what two runs say apart may be the GPU's."""
-    keys = [row.get(name) for name in _RUN_KEYS]
-    ours = [
-        other
-        for other in run.rows
-        if (other["system"], other["head"]) == _OURS and [other.get(name) for name in _RUN_KEYS] == keys
-    ]
-    if row["system"] == _OURS[0] or not ours or ours[-1].get("error") is not None:
+    ours = _ours_beside(row, run)
+    if row["system"] == _OURS[0] or ours is None:
         return ""
-    return f"{ours[-1]['ms'] / row['ms']:.2f}x"
+    return f"{ours['ms'] / row['ms']:.2f}x"
 
 
 def _cut(error: str, most: int = 80) -> str:

@@ -78,6 +78,13 @@ class TestGeneration:
         assert "\\* extrapolated" in text and "In brackets" in text
         assert speedups(runs, "decode") == {"pq_ao-static": {(1, 1024): 2.5, (8, 1024): 2.5}}
 
+    def test_a_run_that_was_cut_takes_no_place(self):
+        """Its baseline is alone: no ratio, and beside a speed-up over another one."""
+        whole = run_of("2026-01-01T00:00:00Z", [row_of("bf16-compiled", 5.0, speedup=1.0), row_of()])
+        cut = run_of("2026-01-02T00:00:00Z", [row_of("bf16-compiled", 6.0, speedup=1.0), row_of(ms=None, error="x")])
+        assert generation([whole, cut]).count("2026-01-02") == 0 and "| 5.00 |" in generation([whole, cut])
+        assert "| 6.00 |" in generation([cut])
+
     def test_no_results(self):
         assert generation([]).startswith("No results yet") and not speedups([], "decode")
         assert generation([run_of("2026-01-01T00:00:00Z", [row_of(layers=4)])]).startswith("No results yet")
