@@ -1,9 +1,9 @@
 """What the quantized decoder is compared with: a strong bf16 decoder, and torchao's own quantizations of it.
 
-The bf16 decoder is transformers' own Llama with two things changed, both through its registries, because stock code
-loses time there: the static cache hands attention the layer itself, so that prefill attends to the step's own keys and
-decode to the cache, and attention neither repeats keys and values for the query heads nor reads a mask. It serves
-batches without padding only.
+The bf16 decoder is transformers' own Llama with three things changed, because stock code loses time there: the static
+cache hands attention the layer itself, so that prefill attends to the step's own keys and decode to the cache;
+attention neither repeats keys and values for the query heads nor reads a mask; and the head gets the last tokens of a
+prompt as dense rows, for it would read its weight once a sequence otherwise. It serves batches without padding only.
 
 Shape suffixes: B batch, L queries, S slots, H heads, G KV heads, D head dim.
 """
@@ -72,6 +72,7 @@ def random_llama(config: LlamaConfig, implementation: str, device: str | torch.d
     config = copy.deepcopy(config)  # the model keeps it, with the name of its attention
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=implementation)
+    model.lm_head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     return model.eval().requires_grad_(False)
 
 

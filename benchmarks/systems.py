@@ -151,7 +151,8 @@ def _ours(mode: str, head: str = "bf16") -> Callable[..., Loaded]:
         model = pq_ao.random_quantized_decoder(config, scheme, prefix_tokens=int(prefix), device=device)
         if head == "int8":
             pq_ao.quantize_head_(model)
-        options = pq_ao.recommended_compile_options(device).get("options", {})
+        tokens = shape.batch * (shape.context if shape.phase == "prefill" else 1)
+        options = pq_ao.recommended_compile_options(device, tokens).get("options", {})
         return Loaded(model, pq_ao.PrefixStaticCache(model, shape.batch, shape.context), options=options)
 
     return build

@@ -79,9 +79,7 @@ class GenerationEngine:
         self.buckets = checked_buckets(prefill_buckets, batch_size, max_cache_len)
         slots = max_cache_len + _SPARE_SLOTS
         self.cache = _cache_for(model, batch_size, slots)
-        if compile and compile_options is None:
-            compile_options = recommended_compile_options(self.device)
-        self._compile_options = compile_options if compile else None
+        self._compile, self._compile_options = compile, compile_options
         self._steps: dict[tuple[int, bool], StaticStep] = {}
         graphs = compile and self.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -319,9 +317,10 @@ class GenerationEngine:
                 )
                 return output.logits[:, -1]
 
-            self._steps[length, masked] = StaticStep(
-                forward, self._compile_options, lambda: self._set_length(self._held), self._pool
-            )
+            options = self._compile_options if self._compile else None
+            if self._compile and options is None:
+                options = recommended_compile_options(self.device, self.batch_size * length)
+            self._steps[length, masked] = StaticStep(forward, options, lambda: self._set_length(self._held), self._pool)
         return self._steps[length, masked]
 
     def _set_length(self, held: int) -> None:

@@ -26,6 +26,13 @@ class KeptLinear(FixedDtype, nn.Linear):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.fixed_dtype = weight.dtype
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., V] in the model's dtype."""
+        # as rows: of the last token of each sequence, which do not lie together, PyTorch would make a product a
+        # sequence, and each would read the whole weight
+        rows = x.reshape(-1, x.shape[-1])
+        return nn.functional.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
 
 class CalibratedLinear(FixedDtype, nn.Linear):
     """A linear of a decoder block. Calibration gives it final codes; `quantize_` puts them in place of the weight.

@@ -15,12 +15,20 @@ MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _VARIANTS = 256
 
 
-def recommended_compile_options(device: torch.device | str) -> dict[str, dict]:
+# of a call, from which on its norms take long enough to measure what suits them
+_MANY_TOKENS = 2048
+
+
+def recommended_compile_options(device: torch.device | str, tokens: int = 1) -> dict[str, dict]:
     """Keyword arguments of `torch.compile` that suit a quantized model on `device`.
 
-    Norms keep a whole row in registers instead of reading it twice. From compute capability 9.0 on, kernels are
-    launched before the one in front has ended (programmatic dependent launch), and wait inside. In decode, hundreds
-    of kernels of a few microseconds each, both count.
+    From compute capability 9.0 on, kernels are launched before the one in front has ended (programmatic dependent
+    launch), and wait inside: in decode, hundreds of kernels of a few microseconds each, that counts. For many tokens
+    Inductor measures how to cut its kernels, the norms above all; that adds some seconds to compilation.
+
+    Args:
+        device: of the model.
+        tokens: of one call, all sequences together; 1 suits decode.
 
     Example::
 
@@ -29,9 +37,10 @@ def recommended_compile_options(device: torch.device | str) -> dict[str, dict]:
     device = torch.device(device)
     if device.type != "cuda":
         return {}
-    early = torch.cuda.get_device_capability(device) >= (9, 0)
-    # 2: reductions over a row are always of that kind
-    return {"options": {"triton.multi_kernel": 2, "triton.enable_pdl": early}}
+    options = {"triton.enable_pdl": torch.cuda.get_device_capability(device) >= (9, 0)}
+    if tokens >= _MANY_TOKENS:
+        options["coordinate_descent_tuning"] = True
+    return {"options": options}
 
 
 class StaticStep:

@@ -174,6 +174,15 @@ def test_compiled_code_gives_the_tokens_of_eager_code(ids):
     assert torch.equal(out, _engine(model, 2).generate(ids[:, :20], max_new_tokens=12, **NO_END))
 
 
+def test_a_prompt_of_many_tokens_is_tuned_and_decode_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    decode, prompt = (pq_ao.recommended_compile_options("cuda", tokens)["options"] for tokens in (128, 16 * 2048))
+    assert decode == {"triton.enable_pdl": True} and pq_ao.recommended_compile_options("cuda")["options"] == decode
+    assert prompt == decode | {"coordinate_descent_tuning": True}
+    assert prompt.keys() <= torch._inductor.config.get_config_copy().keys()
+    assert pq_ao.recommended_compile_options("cpu", 16 * 2048) == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_give_the_logits_of_eager_code(ids):

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 import pq_ao
+from pq_ao.linears import KeptLinear
 from pq_ao.ops import quantize
 from pq_ao.quantizers import ActivationQuantizer, KVQuantizer, Path
 from pq_ao.tensors import PackedWeight, QuantizedActivation
@@ -119,6 +120,19 @@ def test_prefill_and_decode_compile_whole_without_recompiling_and_equal_eager(
     assert counters["stats"]["unique_graphs"] == 2  # one for prefill, one for decode
     for ours, theirs in zip(compiled_cache.layers, eager_cache.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_the_head_of_last_tokens_is_one_product():
+    """A batched one would read the weight once a sequence."""
+    hidden, weight = torch.randn(3, 7, 16), torch.randn(40, 16)
+    bias = torch.randn(40)
+    head = KeptLinear(weight, bias)
+    with torch.profiler.profile() as profile:
+        logits = head(hidden[:, -1:])
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in names and "aten::bmm" not in names
+    torch.testing.assert_close(logits, hidden[:, -1:] @ weight.T + bias)
+    assert head(hidden[:0, -1:]).shape == (0, 1, 40)
 
 
 def test_reference_path_returns_to_what_it_was(make_tiny, tiny_tokenizer, english, ids):

@@ -40,14 +40,27 @@ def _offsets(shift_ptr, pair, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def _factor_column(i, F: tl.constexpr, W: tl.constexpr):
+    """The column of gate and up that word i of the factors is for.
+
+    A warp loads 16 bytes a thread, thread by thread: spread as its input is, they would take twice as long, and they
+    are four times the input's bytes.
+    """
+    quarter, lane, half = i // 4 % 4, i // 16 % 8, i // 128 % 2
+    warp, is_up, tile = i // 256 % W, i // (256 * W) % 2, i // (512 * W)
+    return is_up * F + (tile * 4 + quarter) * (64 * W) + warp * 64 + lane * 8 + half * 4 + i % 4
+
+
+@triton.jit
 def silu_tables_kernel(
     shift_ptr,  # float32 [F] or None
     scale_ptr,  # float32 (1,)
     in_scale_ptr,  # float32 [2F] or None
     in_bias_ptr,  # float32 [2F] or None
     offsets_ptr,  # words [F / 2]: what `half_codes` adds
-    factors_ptr,  # words [2F]: in_scale and in_bias, times _FACTOR
+    factors_ptr,  # words [2F]: in_scale and in_bias, times _FACTOR, at places as `_factor_column` says
     F: tl.constexpr,
+    W: tl.constexpr,  # warps of `silu_halves_kernel`
     BLOCK: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -56,10 +69,11 @@ def silu_tables_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if in_scale_ptr is not None:
         mask = i < 2 * F
+        column = _factor_column(i, F, W)
         bias = tl.zeros((BLOCK,), tl.float32)
         if in_bias_ptr is not None:
-            bias = tl.load(in_bias_ptr + i, mask=mask, other=0.0)
-        scale = tl.load(in_scale_ptr + i, mask=mask, other=0.0)
+            bias = tl.load(in_bias_ptr + column, mask=mask, other=0.0)
+        scale = tl.load(in_scale_ptr + column, mask=mask, other=0.0)
         tl.store(factors_ptr + i, word(scale * _FACTOR, bias * _FACTOR), mask=mask)
     offsets = _offsets(shift_ptr, tl.minimum(i, F // 2 - 1), tl.load(scale_ptr), LOW, HIGH)
     tl.store(offsets_ptr + i, offsets, mask=i < F // 2)
@@ -67,20 +81,20 @@ def silu_tables_kernel(
 
 @triton.jit
 def _load_factors(ptr, place):
-    """The words of eight neighbours, in two loads, so that they lie as the input does."""
-    first, second = tl.load(ptr + (place + tl.arange(0, 4))), tl.load(ptr + (place + 4 + tl.arange(0, 4)))
+    """The words of eight neighbours, in two loads, of which a warp's lie together."""
+    first, second = tl.load(ptr + (place + tl.arange(0, 4))), tl.load(ptr + (place + 128 + tl.arange(0, 4)))
     return tl.reshape(tl.permute(tl.join(first, second), (0, 1, 2, 4, 3)), (4, 8, place.shape[2], 8))
 
 
 @triton.jit
-def _swiglu(gate, up, factors_ptr, place, divisor, F: tl.constexpr):
+def _swiglu(gate, up, factors_ptr, place, divisor):
     """silu(gate) * up / divisor in float32 of what `load_tiles` gave; with factors the divisor has their square."""
     gate, up = widen(gate), widen(up)
     if factors_ptr is None:
         x = gate * sigmoid_over(gate, divisor) * up
     else:
         gate = times_plus(gate, _load_factors(factors_ptr, place))
-        up = times_plus(up, _load_factors(factors_ptr + F, place))
+        up = times_plus(up, _load_factors(factors_ptr + 256 * place.shape[2], place))
         x = gate * sigmoid_over(gate, divisor, 1 / _FACTOR) * up
     return x
 
@@ -144,7 +158,7 @@ def _store(
 @triton.jit(do_not_specialize=["rows"])
 def silu_halves_kernel(
     gate_up_ptr,  # bfloat16 [M, 2F]
-    factors_ptr,  # words [2F] for accumulators, or None
+    factors_ptr,  # words [2F] of the tables for accumulators, or None
     base_ptr,  # float32 [BASE, BASE]
     scale_ptr,  # float32 (1,)
     offsets_ptr,  # words [F / 2] of the tables if SEVERAL, else the shift: float32 [F] or None
@@ -179,6 +193,7 @@ def silu_halves_kernel(
     lane = tl.arange(0, 8)[None, :, None, None]
     quarter = tl.arange(0, 4)[:, None, None, None]
     place_in = quarter * LENGTH + warp * 64 + lane * 8
+    factors_in = warp * 256 + (lane * 4 + quarter) * 4
     NEAR: tl.constexpr = 2 * _ROWS // W
     UNIT: tl.constexpr = 2 if codes_ptr.dtype.element_ty == tl.float32 else min(4, NEAR)  # codes stored as a word
     row_out = warp * (NEAR // 2) + lane // (16 // NEAR)
@@ -193,12 +208,12 @@ def silu_halves_kernel(
         next_ptr = gate_up_ptr + tl.minimum(row + step, rows - 1) * (2 * F)
         h, even = (), tl.zeros((4, 8, W, 8), tl.float32)
         for tile in tl.static_range(TILES):
-            place = place_in + tile * (4 * (F // K))
+            place = factors_in + tile * (512 * W)
             if tile < EARLY:
-                x = _swiglu(early[2 * tile], early[2 * tile + 1], factors_ptr, place, divisor, F)
+                x = _swiglu(early[2 * tile], early[2 * tile + 1], factors_ptr, place, divisor)
             else:
                 loaded = load_tiles(gate_ptr, place_in, tile, tile + 1, F, K)
-                x = _swiglu(loaded[0], loaded[1], factors_ptr, place, divisor, F)
+                x = _swiglu(loaded[0], loaded[1], factors_ptr, place, divisor)
             if tile % 2 == 0:
                 even = x
             if tile % 2 == 1 or tile == TILES - 1:
@@ -298,8 +313,9 @@ def launch_halves(
             elements = 2 * features
             factors = torch.empty(elements, dtype=torch.int32, device=gate_up.device)
         silu_tables_kernel[(triton.cdiv(elements, _BLOCK),)](
-            shift, scale, in_scale, in_bias, offsets, factors, F=features, BLOCK=_BLOCK, LOW=low, HIGH=high
-        )
+            shift, scale, in_scale, in_bias, offsets, factors, F=features, W=tiling.warps, BLOCK=_BLOCK, LOW=low,
+            HIGH=high,
+        )  # fmt: skip
     silu_halves_kernel[(programs,)](
         gate_up,
         factors,

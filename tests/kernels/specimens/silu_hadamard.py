@@ -83,7 +83,7 @@ def _halves(
 
 def _tables(name: str, raw: bool, shifted: bool) -> Specimen:
     types = {"scale_ptr": "*fp32", "offsets_ptr": "*i32"} | ({"shift_ptr": "*fp32"} if shifted else {})
-    constants = {"F": 14336, "BLOCK": 256, "LOW": -11, "HIGH": 10} | ({} if shifted else {"shift_ptr": None})
+    constants = {"F": 14336, "W": 8, "BLOCK": 256, "LOW": -11, "HIGH": 10} | ({} if shifted else {"shift_ptr": None})
     if raw:
         types |= _ACCUMULATORS | {"factors_ptr": "*i32"}
     else:
