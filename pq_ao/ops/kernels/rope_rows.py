@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pq_ao.ops.kernels.codes import ROUNDER
 from pq_ao.ops.kernels.dynamic_scale import dynamic_scale
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import bf16_parts, butterflies, dot_bf16, small_walsh
 from pq_ao.ops.kernels.rope_parts import divide_and_round
 
@@ -158,7 +159,7 @@ def rope_rows_kernel(
     key_shift_ptr, value_shift_ptr, start_ptr, query_ptr, tokens, length, slots, table_rows, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATION: tl.constexpr,
     BITS: tl.constexpr, DYNAMIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr,
+    BLOCK_H: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As rope_store_kernel, whose arguments these are. A program does 8 * WARPS * REPEAT heads."""
     BLOCK_T: tl.constexpr = 8 * WARPS * REPEAT // BLOCK_H
@@ -182,6 +183,7 @@ def rope_rows_kernel(
     batch = token // length
     place = token - batch * length
     first = token.to(tl.int64) * ((H + 2 * G) * D)
+    wait(EARLY)
     x = _load_head(qkv_ptr, first, column, mask, is_head, in_scale_ptr, in_bias_ptr, D)
     slot = tl.load(start_ptr) + place
     row = (batch * G + head).to(tl.int64) * slots + slot
@@ -211,11 +213,15 @@ def rope_rows_kernel(
 
 @dataclass(frozen=True)
 class RowsTiling:
-    """A program does 8 * warps * repeat heads, block_h of a token; a thread has parts of `repeat` heads."""
+    """A program does 8 * warps * repeat heads, block_h of a token; a thread has parts of `repeat` heads.
+
+    early: launched before the kernel in front has ended, where the GPU can.
+    """
 
     block_h: int
     warps: int
     repeat: int = 2
+    early: bool = False
 
 
 _MOST_APART = 512  # tokens: with more, two heads a thread still leave every multiprocessor some programs
@@ -226,7 +232,8 @@ def choose_rows_tiling(tokens: int, kv_heads: int, head_dim: int, order: int) ->
     """The tiling for many tokens; None for heads that this kernel does not take. `order`: of R3's base, 0 for no R3."""
     if order > 1 or head_dim not in _HEAD_DIMS:
         return None
-    return RowsTiling(min(8, triton.next_power_of_2(kv_heads)), 4, repeat=1 if tokens <= _MOST_APART else 2)
+    block_h = min(8, triton.next_power_of_2(kv_heads))
+    return RowsTiling(block_h, 4, repeat=1, early=True) if tokens <= _MOST_APART else RowsTiling(block_h, 4)
 
 
 def launch_rows(
@@ -236,7 +243,8 @@ def launch_rows(
     """Runs the kernel on its tensors and numbers."""
     blocks = triton.cdiv(constants["H"], tiling.block_h) + 2 * triton.cdiv(constants["G"], tiling.block_h)
     block_t = 8 * tiling.warps * tiling.repeat // tiling.block_h
+    early = tiling.early and launches_early(tensors[0].device)
     rope_rows_kernel[(triton.cdiv(numbers[0], block_t) * blocks,)](
         *tensors, *numbers, **constants, ROTATION=rotation, BLOCK_H=tiling.block_h, WARPS=tiling.warps,
-        REPEAT=tiling.repeat, num_warps=tiling.warps, enable_fp_fusion=False,
+        REPEAT=tiling.repeat, num_warps=tiling.warps, enable_fp_fusion=False, EARLY=early, **launch_options(early),
     )  # fmt: skip

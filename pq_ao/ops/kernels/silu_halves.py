@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_ao.ops.kernels.early import launch_options, launches_early, wait
 from pq_ao.ops.kernels.hadamard import hadamard_entry, stack, unstack, walsh_sign
 from pq_ao.ops.kernels.half_codes import four_codes, half_codes, origin
 from pq_ao.ops.kernels.halves import dot_half, half_butterflies, halves, times_plus, to_half, word
@@ -171,6 +172,7 @@ def silu_halves_kernel(
     SPLIT: tl.constexpr,  # 2 or 4 parts of the eight j, that butterflies do
     EARLY: tl.constexpr,  # tiles of a row that are loaded before it begins
     SEVERAL: tl.constexpr,  # rows a program: tables are read, and the next row is fetched amid a row
+    WAITS: tl.constexpr,  # launched early, see `early`; not if SEVERAL, for tables are made by the kernel in front
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
 ):
@@ -202,6 +204,9 @@ def silu_halves_kernel(
     place_out = row_out * LENGTH + quarter * 16 + near + tl.arange(0, NEAR // UNIT) * UNIT
     begin = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
+    if WAITS and offsets_ptr is not None:
+        prefetch(offsets_ptr, 4 * F)
+    wait(WAITS)
     early = load_tiles(gate_up_ptr + begin * (2 * F), place_in, 0, EARLY, F, K)
     for row in tl.range(begin, rows, step, num_stages=1):
         gate_ptr = gate_up_ptr + row * (2 * F)
@@ -305,6 +310,7 @@ def launch_halves(
         tiling = replace(tiling, registers=None)
     programs = min(rows, tiling.programs * alone)
     several = rows > programs or in_scale is not None
+    waits = not several and rows <= alone and launches_early(gate_up.device)
     offsets, factors = shift, None
     if several:
         elements = features // 2
@@ -327,7 +333,9 @@ def launch_halves(
         F=features,
         BASE=base.shape[0],
         SEVERAL=several,
+        WAITS=waits,
         LOW=low,
         HIGH=high,
         **tiling.options(),
+        **launch_options(waits),
     )

@@ -22,7 +22,7 @@ def _specimen(
     options = {"num_warps": tiling.warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if early else {})
     if isinstance(tiling, RowsTiling):
         kernel = rope_rows_kernel
-        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": tiling.repeat}
+        constants |= {"ROTATION": order > 0, "WARPS": tiling.warps, "REPEAT": tiling.repeat, "EARLY": early}
     else:
         kernel = rope_store_kernel
         constants |= {
@@ -56,6 +56,7 @@ SPECIMENS = [
     _specimen("decode, early", 1, early=True),
     _specimen("decode, accumulators", 1, raw=True),
     _specimen("decode of 128", 128),
+    _specimen("decode of 128, early", 128, early=True),
     _specimen("prefill", 8192),
     _specimen("prefill, accumulators", 8192, raw=True),
     _specimen("decode, dynamic", 1, dynamic=True),

@@ -29,7 +29,7 @@ def _specimen(
     }  # fmt: skip
     if isinstance(tiling, HalvesTiling):
         tiling = replace(tiling, registers=None) if rows <= 132 else tiling
-        return _halves(name, features, order, tiling, codes, raw, low, high, several=raw or rows > 264)
+        return _halves(name, features, order, tiling, codes, raw, low, high, raw or rows > 264, early)
     if raw:
         types |= _ACCUMULATORS
     elif not isinstance(tiling, RowsTiling):
@@ -63,9 +63,10 @@ def _halves(
     low: int,
     high: int,
     several: bool,
+    early: bool,
 ) -> Specimen:
-    options = tiling.options()
-    constants = {"F": features, "BASE": order, "LOW": low, "HIGH": high, "SEVERAL": several}
+    options = tiling.options() | ({"launch_pdl": True} if early else {})
+    constants = {"F": features, "BASE": order, "LOW": low, "HIGH": high, "SEVERAL": several, "WAITS": early}
     constants |= {key: options.pop(key) for key in tuple(options) if key.isupper()}
     types = {
         "gate_up_ptr": "*bf16", "base_ptr": "*fp32", "scale_ptr": "*fp32",
@@ -77,7 +78,7 @@ def _halves(
         constants["factors_ptr"] = None
     return Specimen(
         f"silu_hadamard {name}", silu_halves_kernel, types | {"rows": "i32"}, constants, options,
-        minimum_arch=90 if codes.startswith("fp8") else 80, aligned=tuple(types),
+        minimum_arch=90 if codes.startswith("fp8") or early else 80, aligned=tuple(types),
     )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ SPECIMENS = [
     _specimen("14336 decode, accumulators", 14336, 28, 1, raw=True),
     _specimen("14336 prefill", 14336, 28, 8192),
     _specimen("14336 decode of 128", 14336, 28, 128),
+    _specimen("14336 decode of 128, early", 14336, 28, 128, early=True),
     _specimen("14336 prefill, even codes, float8", 14336, 28, 8192, codes="fp8e4nv", even=True),
     _specimen("14336 prefill, float8", 14336, 28, 8192, codes="fp8e4nv"),
     _specimen("14336 prefill, accumulators, float8", 14336, 28, 8192, codes="fp8e4nv", raw=True),
