@@ -146,10 +146,9 @@ def test_accumulators(bias):
 
 def test_the_choice_by_tokens_and_head_dim():
     assert isinstance(choose_tiling(1, 8, 128, 1), Tiling) and isinstance(choose_tiling(8192, 8, 128, 1), RowsTiling)
-    assert isinstance(choose_tiling(16, 8, 128, 1), Tiling) and choose_tiling(32, 8, 128, 1) == RowsTiling(
-        8, 4, 1, True
-    )
-    assert choose_tiling(128, 8, 128, 1).repeat == 1 and choose_tiling(8192, 8, 64, 0) == RowsTiling(8, 4, 2)
+    assert isinstance(choose_tiling(16, 8, 128, 1), Tiling)
+    assert choose_tiling(32, 8, 128, 1) == choose_tiling(512, 8, 128, 1) == RowsTiling(8, 4, repeat=1, early=True)
+    assert choose_tiling(8192, 8, 64, 0) == RowsTiling(8, 4, 2)
     for head_dim, order in ((80, 20), (256, 1), (128, 2)):
         assert isinstance(choose_tiling(8192, 8, head_dim, order), Tiling)
 
