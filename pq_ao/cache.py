@@ -22,6 +22,7 @@ class PrefixStaticCache(Cache):
         model: a calibrated model, quantized or not (before `quantize_` it keeps floats).
         batch_size: rows of the batch.
         max_cache_len: tokens of prompt and reply together, the prefix not counted.
+        spare_slots: more slots behind them, for what is written there only to be overwritten.
 
     Raises:
         ValueError: the model is not calibrated, or a size is not a positive integer.
@@ -35,7 +36,7 @@ class PrefixStaticCache(Cache):
         out = model.generate(**inputs, past_key_values=cache)
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, max_cache_len: int):
+    def __init__(self, model: PreTrainedModel, batch_size: int, max_cache_len: int, *, spare_slots: int = 0):
         for name, size in (("batch_size", batch_size), ("max_cache_len", max_cache_len)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r}: must be an integer of at least 1.")
@@ -50,7 +51,7 @@ class PrefixStaticCache(Cache):
             layer = PrefixStaticLayer(
                 batch_size,
                 attention.kv_heads,
-                max_cache_len,
+                max_cache_len + spare_slots,
                 attention.head_dim,
                 bits,
                 length,

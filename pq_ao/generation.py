@@ -78,7 +78,7 @@ class GenerationEngine:
         self.device = model.device
         self.buckets = checked_buckets(prefill_buckets, batch_size, max_cache_len)
         slots = max_cache_len + _SPARE_SLOTS
-        self.cache = _cache_for(model, batch_size, slots)
+        self.cache = _cache_for(model, batch_size, max_cache_len)
         self._compile, self._compile_options = compile, compile_options
         self._steps: dict[tuple[int, bool], StaticStep] = {}
         graphs = compile and self.device.type == "cuda"
@@ -380,8 +380,8 @@ class _Arrival:
 
 def _cache_for(model: PreTrainedModel, batch_size: int, max_cache_len: int) -> Cache:
     if any(isinstance(module, PrefixAttention) for module in model.modules()):
-        return PrefixStaticCache(model, batch_size, max_cache_len)
-    cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
+        return PrefixStaticCache(model, batch_size, max_cache_len, spare_slots=_SPARE_SLOTS)
+    cache = StaticCache(config=model.config, max_cache_len=max_cache_len + _SPARE_SLOTS)
     if any(layer.is_sliding for layer in cache.layers):
         raise ValueError(
             f"model: {model.config.model_type!r} has sliding-window attention, whose cache cannot be set back; use "

@@ -28,8 +28,10 @@ def test_longer_caches_and_windows_warn(make_tiny, tiny_tokenizer, english, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pq_ao.PrefixStaticCache(model, 1, 64)
-    with pytest.warns(ContextWarning, match="max_cache_len=65: .* calibrated for 64 positions"):
-        pq_ao.PrefixStaticCache(model, 1, 65)
+        pq_ao.GenerationEngine(model, 1, 64, compile=False)  # whose spare slots hold no tokens
+    for kind in (pq_ao.PrefixStaticCache, pq_ao.GenerationEngine):
+        with pytest.warns(ContextWarning, match="max_cache_len=65: .* calibrated for 64 positions"):
+            kind(model, 1, 65)
     ids = torch.randint(3, 300, (200,))
     with pytest.warns(ContextWarning, match="sequence_length=100"):
         pq_ao.perplexity(model, tiny_tokenizer, ids, sequence_length=100, progress=False)
