@@ -25,7 +25,7 @@ class PrefixStaticCache(Cache):
         spare_slots: more slots behind them, for what is written there only to be overwritten.
 
     Raises:
-        ValueError: the model is not calibrated, or a size is not a positive integer.
+        ValueError: the model is not calibrated, or a size is not an integer or too small.
 
     Warns:
         ContextWarning: more tokens than static keys were calibrated for.
@@ -37,9 +37,10 @@ class PrefixStaticCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int, max_cache_len: int, *, spare_slots: int = 0):
-        for name, size in (("batch_size", batch_size), ("max_cache_len", max_cache_len)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r}: must be an integer of at least 1.")
+        sizes = (("batch_size", batch_size, 1), ("max_cache_len", max_cache_len, 1), ("spare_slots", spare_slots, 0))
+        for name, size, least in sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or size < least:
+                raise ValueError(f"{name}={size!r}: must be an integer of at least {least}.")
         layers = []
         attentions = attention_modules(model)
         warn_beyond_context(model, "max_cache_len", max_cache_len)

@@ -184,7 +184,9 @@ def test_another_batch_than_the_cache_is_refused(model, ids, batch):
         _logits(model, ids[:1].expand(batch, -1), past_key_values=cache)
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", True), ("max_cache_len", 1.5)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 0), ("batch_size", True), ("max_cache_len", 1.5), ("spare_slots", -1)]
+)
 def test_sizes_are_checked(model, name, value):
     sizes = {"batch_size": 1, "max_cache_len": 8} | {name: value}
     with pytest.raises(ValueError, match=f"{name}={value}"):

@@ -44,8 +44,8 @@ def _offsets(shift_ptr, pair, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
 def _factor_column(i, F: tl.constexpr, W: tl.constexpr):
     """The column of gate and up that word i of the factors is for.
 
-    A warp loads 16 bytes a thread, thread by thread: spread as its input is, they would take twice as long, and they
-    are four times the input's bytes.
+    A warp loads 16 bytes a thread, thread by thread: spread as its input is, they would take twice the cache lines,
+    and they are twice the input's bytes.
     """
     quarter, lane, half = i // 4 % 4, i // 16 % 8, i // 128 % 2
     warp, is_up, tile = i // 256 % W, i // (256 * W) % 2, i // (512 * W)
