@@ -1,6 +1,8 @@
 """The tensor-core linear: exact integers on any shape, however the work is cut."""
 
 import itertools
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +48,60 @@ def test_large_tiles(outputs, tokens, depth):
     config = TileConfig(outputs, tokens, depth, split=1, warps=8, stages=3)
     assert torch.equal(integers(x, w, True, config), accumulators(x, w))
     assert torch.equal(integers(x, w, True), accumulators(x, w))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("rows, outer, inner", [(130, 140, 384), (5, 128, 128), (128, 1, 128)])
+def test_bulk_copies(rows, outer, inner, split):
+    """Tiles that end past the last row and output: what is copied there is nothing, and stored nowhere."""
+    x, w = random_codes(rows, inner, bits=4), random_codes(outer, inner, bits=4, seed=1)
+    config = TileConfig(128, 128, 64, split=split, warps=4, stages=4, bulk=True)
+    assert torch.equal(integers(x, w, True, config), accumulators(x, w))
+    x_scale, w_scale, bias = scales(rows, outer, True, True)
+    y = tile_linear(x, x_scale, pack_int4(w), w_scale, bias, torch.float32, config)
+    assert torch.equal(y, epilogue(accumulators(x, w), x_scale, w_scale, bias, torch.float32))
+
+
+@pytest.mark.parametrize("inner", [64, 127, 192])
+def test_bulk_copies_want_whole_steps(inner):
+    config = TileConfig(128, 128, 64, split=1, warps=4, stages=4, bulk=True)
+    with pytest.raises(ValueError, match="rows must be whole steps"):
+        integers(random_codes(2, inner, bits=4), random_codes(3, inner, bits=4), True, config)
+
+
+def test_bulk_copies_where_all_programs_run_at_once():
+    assert tile_config(128, 28672, 2048, bulk=True).bulk
+    assert not tile_config(128, 28672, 2048).bulk
+    assert not tile_config(2048, 28672, 2048, bulk=True).bulk, "more programs than run at once"
+    assert not tile_config(128, 28672, 2048 + 16, bulk=True).bulk, "rows are not whole steps"
+    assert not tile_config(128, 28672, 4096, packed=False, bulk=True).bulk
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+class TestBulkCopiesOnTheGPU:
+    CONFIG = TileConfig(128, 128, 64, split=1, warps=4, stages=4, bulk=True)
+
+    def test_random_shapes(self):
+        dice = random.Random(0)
+        for case in range(320):
+            rows, outer, inner = dice.randint(1, 300), dice.randint(1, 1500), 128 * dice.randint(1, 32)
+            x, w = random_codes(rows, inner, bits=4, seed=case), random_codes(outer, inner, bits=4, seed=case + 1)
+            got = integers(x, w, True, replace(self.CONFIG, split=dice.choice((1, 1, 2, 3))))
+            assert torch.equal(got, accumulators(x, w)), (rows, outer, inner)
+
+    @pytest.mark.parametrize("x_code, w_code", extremes(4))
+    def test_extreme_codes(self, x_code, w_code):
+        x, w = (torch.full((rows, 14336), code, dtype=torch.int8) for rows, code in ((128, x_code), (300, w_code)))
+        expected = torch.full((128, 300), 14336 * x_code * w_code, dtype=torch.int32)
+        assert torch.equal(integers(x.to(device()), w.to(device()), True, self.CONFIG).cpu(), expected)
+
+    @pytest.mark.parametrize("place", [0, 1, 16])
+    def test_any_address(self, place):
+        """Codes that begin where bulk copies cannot read take the other way."""
+        x, w = random_codes(128, 4096, bits=4), random_codes(20000, 4096, bits=4, seed=1)
+        moved = torch.empty(x.numel() + place, dtype=torch.int8, device=x.device)[place:].view(x.shape).copy_(x)
+        assert torch.equal(integers(moved, w, True), accumulators(x, w))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "int8"])
