@@ -208,6 +208,21 @@ def test_graphs_give_the_logits_of_eager_code(ids):
     assert torch.equal(first, graphs.generate(ids, mask, max_new_tokens=20, **NO_END))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="options of long prompts are for GPUs")
+def test_a_long_prompt_with_the_options_it_gets():
+    """From 2,048 tokens on kernels are tuned as they compile: still the logits of eager code."""
+    options = pq_ao.recommended_compile_options("cuda", 2 * 2048)["options"]
+    assert options["coordinate_descent_tuning"]
+    config = tiny_config()
+    config.max_position_embeddings = 4096
+    model = pq_ao.random_quantized_decoder(config, device="cuda")
+    ids = torch.randint(3, 300, (2, 1500), generator=torch.Generator().manual_seed(0)).cuda()
+    how = {"compile": True, "compile_options": {"options": options | {"emulate_precision_casts": True}}}
+    eager, tuned = (_engine(model, 2, 2048, prefill_buckets=(2048,), **more) for more in ({}, how))
+    torch.testing.assert_close(tuned.prefill(ids), eager.prefill(ids), rtol=0, atol=0.1)
+
+
 def test_sampled_text_is_reproducible_and_varies(model, ids):
     def sample(seed):
         generator = torch.Generator().manual_seed(seed)

@@ -52,10 +52,10 @@ def test_large_tiles(outputs, tokens, depth):
 
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("rows, outer, inner", [(130, 140, 384), (5, 128, 128), (128, 1, 128)])
-def test_bulk_copies(rows, outer, inner, split):
-    """Tiles that end past the last row and output: what is copied there is nothing, and stored nowhere."""
+def test_tiles_by_descriptor(rows, outer, inner, split):
+    """Tiles that end past the last row and output: what is read there is zeros, and stored nowhere."""
     x, w = random_codes(rows, inner, bits=4), random_codes(outer, inner, bits=4, seed=1)
-    config = TileConfig(128, 128, 64, split=split, warps=4, stages=4, bulk=True)
+    config = TileConfig(128, 128, 64, split=split, warps=4, stages=4, tma=True)
     assert torch.equal(integers(x, w, True, config), accumulators(x, w))
     x_scale, w_scale, bias = scales(rows, outer, True, True)
     y = tile_linear(x, x_scale, pack_int4(w), w_scale, bias, torch.float32, config)
@@ -63,24 +63,24 @@ def test_bulk_copies(rows, outer, inner, split):
 
 
 @pytest.mark.parametrize("inner", [64, 127, 192])
-def test_bulk_copies_want_whole_steps(inner):
-    config = TileConfig(128, 128, 64, split=1, warps=4, stages=4, bulk=True)
+def test_descriptors_want_whole_steps(inner):
+    config = TileConfig(128, 128, 64, split=1, warps=4, stages=4, tma=True)
     with pytest.raises(ValueError, match="rows must be whole steps"):
         integers(random_codes(2, inner, bits=4), random_codes(3, inner, bits=4), True, config)
 
 
-def test_bulk_copies_where_all_programs_run_at_once():
-    assert tile_config(128, 28672, 2048, bulk=True).bulk
-    assert not tile_config(128, 28672, 2048).bulk
-    assert not tile_config(2048, 28672, 2048, bulk=True).bulk, "more programs than run at once"
-    assert not tile_config(128, 28672, 2048 + 16, bulk=True).bulk, "rows are not whole steps"
-    assert not tile_config(128, 28672, 4096, packed=False, bulk=True).bulk
+def test_descriptors_where_all_programs_run_at_once():
+    assert tile_config(128, 28672, 2048, tma=True).tma
+    assert not tile_config(128, 28672, 2048).tma
+    assert not tile_config(2048, 28672, 2048, tma=True).tma, "more programs than run at once"
+    assert not tile_config(128, 28672, 2048 + 16, tma=True).tma, "rows are not whole steps"
+    assert not tile_config(128, 28672, 4096, packed=False, tma=True).tma
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-class TestBulkCopiesOnTheGPU:
-    CONFIG = TileConfig(128, 128, 64, split=1, warps=4, stages=4, bulk=True)
+class TestTilesByDescriptorOnTheGPU:
+    CONFIG = TileConfig(128, 128, 64, split=1, warps=4, stages=4, tma=True)
 
     def test_random_shapes(self):
         dice = random.Random(0)
@@ -98,7 +98,7 @@ class TestBulkCopiesOnTheGPU:
 
     @pytest.mark.parametrize("place", [0, 1, 16])
     def test_any_address(self, place):
-        """Codes that begin where bulk copies cannot read take the other way."""
+        """Codes that begin where no descriptor may take the other way."""
         x, w = random_codes(128, 4096, bits=4), random_codes(20000, 4096, bits=4, seed=1)
         moved = torch.empty(x.numel() + place, dtype=torch.int8, device=x.device)[place:].view(x.shape).copy_(x)
         assert torch.equal(integers(moved, w, True), accumulators(x, w))

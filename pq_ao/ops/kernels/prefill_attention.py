@@ -21,6 +21,7 @@ from pq_ao.ops.kernels.codes import nearest_code, stored_code
 from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.kernels.prefill_operands import split
 from pq_ao.ops.kernels.stored import LOG2E, last_dim_dense
+from pq_ao.ops.kernels.workspace import has_descriptors
 from pq_ao.ops.quantize import code_range
 
 # as in decode_attention: hidden scores lie far below the lowest maximum
@@ -286,7 +287,7 @@ def launch(
     padded = max(16, triton.next_power_of_2(head_dim))
     if tiles is None:
         # of 2-byte numbers; rows of a descriptor are multiples of 16 bytes
-        tma = kind.itemsize == 2 and head_dim % 8 == 0 and _has_descriptors(query.device)
+        tma = kind.itemsize == 2 and head_dim % 8 == 0 and has_descriptors(query.device)
         tiles = choose_tiles(queries * repeat, padded * kind.itemsize, _shared_bytes(query.device), tma)
     total = prefill_operands.whole_tiles(slots)
     owner_bytes = 2 * total * head_dim * kind.itemsize
@@ -317,10 +318,6 @@ def launch(
             num_warps=tiles.warps,
         )  # fmt: skip
     return out
-
-
-def _has_descriptors(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _shared_bytes(device: torch.device) -> int:

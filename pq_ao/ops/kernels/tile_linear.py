@@ -1,8 +1,8 @@
 """Linear on int8 tensor cores: packed weights are the first operand of `tl.dot`, so unpacked codes stay in registers.
 
 A program takes a tile of weight rows and tokens over a part of K. Parts of K meet in a scratch buffer, and the last of
-them to arrive adds them up: integers, so the order does not matter. Where the GPU has bulk copies (TMA), large tiles
-of few programs come by them: one thread asks for a whole tile, and shared memory is written without bank conflicts.
+them to arrive adds them up: integers, so the order does not matter. Large tiles of few programs come by descriptor
+where the GPU can (TMA): one thread asks for a whole tile, and shared memory is written without bank conflicts.
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs or bytes of a weight row.
 """
@@ -17,9 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pq_ao.ops.kernels.asm import widen_bytes
 from pq_ao.ops.kernels.early import launch_options, launches_early, wait
-from pq_ao.ops.kernels.interpret import INTERPRETED
 from pq_ao.ops.kernels.prefetch import prefetch
-from pq_ao.ops.kernels.workspace import COUNTERS, counters
+from pq_ao.ops.kernels.workspace import COUNTERS, counters, has_descriptors
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TileConfig:
         depth: bytes of weight rows in a step; two inputs a byte when packed.
         split: parts of K.
         warps, stages: launch options.
-        bulk: by bulk copies; packed weights whose rows are whole steps, on Hopper and later.
+        tma: tiles come by descriptor (compute capability 9.0 and newer); packed weights whose rows are whole steps.
     """
 
     outputs: int
@@ -40,7 +39,7 @@ class TileConfig:
     split: int
     warps: int
     stages: int
-    bulk: bool = False
+    tma: bool = False
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def tile_kernel(
     HAS_BIAS: tl.constexpr,
     RAW: tl.constexpr,
     EVEN: tl.constexpr,
-    BULK: tl.constexpr,
+    TMA: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -82,7 +81,7 @@ def tile_kernel(
 ):
     """y = x w^T for int8 x [M, K] and w [N, bytes]; RAW stores int32 sums, else scaled and biased.
 
-    With BULK, x_ptr and w_ptr are descriptors of tiles [TOKENS, DEPTH] and [OUTPUTS, DEPTH].
+    With TMA, x_ptr and w_ptr are descriptors of tiles [TOKENS, DEPTH] and [OUTPUTS, DEPTH].
     """
     # tokens change fastest, so that a tile of weights is read again while it is in the cache
     tile = tl.program_id(0) // SPLIT
@@ -91,7 +90,7 @@ def tile_kernel(
     first_m = (tile % token_tiles) * TOKENS
     n = first_n + tl.arange(0, OUTPUTS)
     m = first_m + tl.arange(0, TOKENS)
-    if not BULK:
+    if not TMA:
         # rows past the end are read twice rather than masked; they are never stored
         w_row = w_ptr + tl.minimum(n, outs - 1).to(tl.int64)[:, None] * row_bytes
         x_row = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[None, :] * inner
@@ -108,14 +107,14 @@ def tile_kernel(
     acc = tl.zeros((OUTPUTS, TOKENS), tl.int32)
     for step in range(first, last):
         k = step * DEPTH + depth
-        if BULK:
+        if TMA:
             w = w_ptr.load([first_n, step * DEPTH])
             x = tl.trans(x_ptr.load([first_m, step * DEPTH]))
         else:
             w = _bytes(w_row + k[None, :], k[None, :], row_bytes, EVEN)
             x = _bytes(x_row + k[:, None], k[:, None], row_bytes, EVEN)
         if PACKED:
-            if BULK:
+            if TMA:
                 x_high = tl.trans(x_ptr.load([first_m, row_bytes + step * DEPTH]))
             else:
                 x_high = _bytes(x_row + (row_bytes + k[:, None]), row_bytes + k[:, None], inner, EVEN)
@@ -172,8 +171,8 @@ _LARGE = {
     TileConfig(128, 128, 64, 1, 8, 4): 27.9,
 }
 
-# the largest tile by bulk copies, which is faster where all programs run at once (28.8 in place of 32.8)
-_BULK = TileConfig(128, 128, 64, 1, 4, 4, bulk=True)
+# the largest tile by descriptor, which is faster where all programs run at once (28.8 in place of 32.8)
+_BY_DESCRIPTOR = TileConfig(128, 128, 64, 1, 4, 4, tma=True)
 
 _MAX_SPLIT = 16
 _EARLY_TOKENS = 128  # with more, a program takes too long for its start to matter
@@ -183,11 +182,11 @@ def _tiles(config: TileConfig, rows: int, outs: int) -> int:
     return triton.cdiv(outs, config.outputs) * triton.cdiv(rows, config.tokens)
 
 
-def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, bulk: bool = False) -> TileConfig:
+def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, tma: bool = False) -> TileConfig:
     """Configuration for a shape: the tile that takes the least time, K split where there are too few of them.
 
     Args:
-        bulk: the GPU has bulk copies, and both operands lie as they want them.
+        tma: whether descriptors can be used.
     """
     if rows <= max(_NARROW):
         tokens = next(tokens for tokens in _NARROW if rows <= tokens)
@@ -197,9 +196,10 @@ def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, bulk:
             config = _WIDE[tokens]
     else:
         config = min(_LARGE, key=lambda large: triton.cdiv(_tiles(large, rows, outs), _AT_ONCE) * _LARGE[large])
-        if bulk and packed and (config.outputs, config.tokens) == (_BULK.outputs, _BULK.tokens):
-            fits = row_bytes % _BULK.depth == 0 and _tiles(_BULK, rows, outs) <= _AT_ONCE
-            config = _BULK if fits else config
+        described = _BY_DESCRIPTOR
+        if tma and packed and (config.outputs, config.tokens) == (described.outputs, described.tokens):
+            if row_bytes % described.depth == 0 and _tiles(described, rows, outs) <= _AT_ONCE:
+                config = described
     tiles = _tiles(config, rows, outs)
     least = 512 if config.tokens == 16 else 1024  # bytes of a row in a part
     split = 1
@@ -208,15 +208,14 @@ def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, bulk:
     return replace(config, split=split)
 
 
-_COPIED = 16  # bytes: what addresses and rows are multiples of, for bulk copies
+_DESCRIBED = 16  # bytes: what addresses and rows are multiples of, for descriptors
 
 
-def _copies_in_bulk(x: Tensor, w: Tensor) -> bool:
-    """Whether this GPU has bulk copies and they can read packed w and all of x."""
-    if INTERPRETED.value or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
-        return False
-    whole = x.shape[1] == 2 * w.shape[1] and w.shape[1] % _COPIED == 0
-    return whole and x.data_ptr() % _COPIED == 0 and w.data_ptr() % _COPIED == 0
+def _can_describe(x: Tensor, w: Tensor) -> bool:
+    """Whether descriptors can stand for packed w and all of x on this GPU."""
+    whole = x.shape[1] == 2 * w.shape[1] and w.shape[1] % _DESCRIBED == 0
+    aligned = x.data_ptr() % _DESCRIBED == 0 and w.data_ptr() % _DESCRIBED == 0
+    return has_descriptors(x.device) and whole and aligned
 
 
 def tile_linear(
@@ -231,13 +230,13 @@ def tile_linear(
     """int8 [M, K] times uint8 [N, ceil(K / 2)] or int8 [N, K] transposed, as `pq_ao::packed_linear` says. Any shape.
 
     Raises:
-        ValueError: `config` splits K over more tiles than there are counters, or asks for bulk copies where rows of
+        ValueError: `config` splits K over more tiles than there are counters, or asks for descriptors where rows of
             weights are not whole steps.
     """
     rows, inner = x.shape
     outs, row_bytes = w.shape
     packed = w.dtype == torch.uint8
-    config = config or tile_config(rows, outs, row_bytes, packed, _copies_in_bulk(x, w))
+    config = config or tile_config(rows, outs, row_bytes, packed, _can_describe(x, w))
     tiles = _tiles(config, rows, outs)
     y = torch.empty(rows, outs, dtype=dtype, device=x.device)
     if tiles == 0:
@@ -251,11 +250,11 @@ def tile_linear(
         partial = torch.empty(size, dtype=torch.int32, device=x.device)
     early = rows <= _EARLY_TOKENS and launches_early(x.device)
     even = row_bytes % config.depth == 0 and inner == row_bytes * (2 if packed else 1)
-    if config.bulk:
+    if config.tma:
         if not even:
             raise ValueError(
-                f"tile_linear: bulk copies of {config.depth} bytes, and weights of {row_bytes} bytes a row for "
-                f"{inner} inputs; rows must be whole steps. Use a configuration without bulk."
+                f"config: tma in steps of {config.depth} bytes, and weights of {row_bytes} bytes a row for {inner} "
+                "inputs; rows must be whole steps. Use a configuration without tma."
             )
         x = TensorDescriptor.from_tensor(x, [config.tokens, config.depth])
         w = TensorDescriptor.from_tensor(w, [config.outputs, config.depth])
@@ -278,7 +277,7 @@ def tile_linear(
         HAS_BIAS=bias is not None,
         RAW=dtype == torch.int32,
         EVEN=even,
-        BULK=config.bulk,
+        TMA=config.tma,
         OUTPUTS=config.outputs,
         TOKENS=config.tokens,
         DEPTH=config.depth,

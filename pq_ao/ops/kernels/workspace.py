@@ -1,4 +1,4 @@
-"""What launchers need of a device: its size, and counters for kernels that let the last program reduce."""
+"""What launchers need of a device: its size, its abilities, and counters where the last program to arrive reduces."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ _counters: dict[torch.device, Tensor] = {}
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; an H200's for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether tiles can come by descriptor (TMA): a GPU of compute capability 9.0 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def counters(device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ def _gemv(name: str, rows: int, outs: int, inner: int, packed: bool = True, earl
 
 def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True, early: bool = False) -> Specimen:
     constants = {"PACKED": packed, "PER_ROW": True, "HAS_BIAS": True, "RAW": False, "EVEN": even, "EARLY": early}
-    constants["BULK"] = config.bulk
+    constants["TMA"] = config.tma
     constants |= {"OUTPUTS": config.outputs, "TOKENS": config.tokens, "DEPTH": config.depth, "SPLIT": config.split}
     sizes = ("rows", "inner", "row_bytes", "token_tiles")
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8" if packed else "*i8", "partial_ptr": "*i32", "counter_ptr": "*i32"}
@@ -40,7 +40,7 @@ def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True,
         constants |= {"partial_ptr": None, "counter_ptr": None}
         pointers = {name: pointers[name] for name in ("x_ptr", "w_ptr")}
     aligned = (*_ALIGNED, "inner", "row_bytes") if even else ()
-    if config.bulk:
+    if config.tma:
         pointers["x_ptr"] = f"tensordesc<i8[{config.tokens}, {config.depth}]>"
         pointers["w_ptr"] = f"tensordesc<u8[{config.outputs}, {config.depth}]>"
         aligned = tuple(name for name in aligned if name not in pointers)
@@ -51,9 +51,9 @@ def _tile(name: str, config: TileConfig, packed: bool = True, even: bool = True,
         types=_COMMON | pointers | dict.fromkeys(sizes, "i32"),
         constants=constants,
         options=options | ({"launch_pdl": True} if early else {}),
-        minimum_arch=90 if early or config.bulk else 80,
+        minimum_arch=90 if early or config.tma else 80,
         aligned=aligned,
-        everywhere=config.bulk,
+        everywhere=config.tma,
     )
 
 
@@ -74,7 +74,7 @@ SPECIMENS = [
     _gemv("launched early", 1, 4096, 4096, early=True),
     *_chosen_tiles(),
     _tile("launched early", TileConfig(64, 32, 256, 2, 4, 3), early=True),
-    _tile("by bulk copies", tile_config(128, 28672, 2048, bulk=True)),
+    _tile("by descriptor", tile_config(128, 28672, 2048, tma=True)),
     _tile("odd", TileConfig(64, 16, 128, 2, 4, 4), even=False),
     *(
         Specimen(
