@@ -260,6 +260,16 @@ def test_tiles_of_llama(batch, slots, splits, stages, prefix_apart):
     assert (tiles.splits, tiles.stages, tiles.prefix_apart) == (splits, stages, prefix_apart)
 
 
+@pytest.mark.parametrize("dtype, head_dim", [(torch.uint8, 256), (torch.int8, 256), (torch.int8, 512)])
+@pytest.mark.parametrize("kv_heads, slots", [(1, 8192), (64, 8192), (256, 2048), (512, 512), (1024, 2048)])
+def test_tiles_in_flight_fit_the_smallest_shared_memory(kv_heads, slots, dtype, head_dim):
+    """99 KB a program, on GPUs of compute capability 8.6 and 8.9."""
+    stored = stored_as(torch.zeros(1, 1, 1, head_dim // (2 if dtype == torch.uint8 else 1), dtype=dtype), head_dim)
+    tiles = choose_tiles(kv_heads, slots, 4, stored, head_dim, processors=128)
+    slot_bytes = 2 * head_dim * stored.bits // 8  # a key and a value
+    assert tiles.stages * tiles.warps * tiles.slots * slot_bytes <= 99 * 1024
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestGpu:

@@ -92,8 +92,8 @@ def _tiles_of_codes(kv_heads: int, slots: int, bits: int, processors: int) -> Ti
         # bound by bandwidth; launched early they would take places unevenly
         splits = max(1, min(wanted, _TOGETHER * at_once // kv_heads))
         return codes._replace(splits=splits, registers=144 if bits == 4 else 168, prefix_apart=False)
-    # a walk alone on its scheduler, where it is long enough, wants more in flight
-    stages = 4 if slots >= 512 * splits else 3
+    # a walk alone on its scheduler, where it is long enough, wants more in flight; codes of 8 bits leave no room for it
+    stages = 4 if bits == 4 and slots >= 512 * splits else 3
     # the prefix's program, too, wants a scheduler of its own; launched early, more than one program a multiprocessor
     # took longer
     early = kv_heads * splits <= processors

@@ -164,15 +164,17 @@ _NARROW = {
 }
 _WIDE = {tokens: TileConfig(128, tokens, 128, 1, 8, 4) for tokens in _NARROW}
 
+_LARGEST = TileConfig(128, 128, 64, 1, 8, 4)
+
 # tiles for more tokens, and microseconds of as many as run at once (K = 4096); beyond 256 tokens only these decide
 _LARGE = {
     TileConfig(64, 64, 128, 1, 4, 4): 10.9,
     TileConfig(128, 64, 128, 1, 8, 3): 16.3,
-    TileConfig(128, 128, 64, 1, 8, 4): 27.9,
+    _LARGEST: 27.9,
 }
 
-# the largest tile by descriptor, which is faster where all programs run at once (28.8 in place of 32.8)
-_BY_DESCRIPTOR = TileConfig(128, 128, 64, 1, 4, 4, tma=True)
+# faster where all programs run at once; where there are more, as fast or slower
+_LARGEST_BY_DESCRIPTOR = replace(_LARGEST, warps=4, tma=True)
 
 _MAX_SPLIT = 16
 _EARLY_TOKENS = 128  # with more, a program takes too long for its start to matter
@@ -196,11 +198,9 @@ def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, tma: 
             config = _WIDE[tokens]
     else:
         config = min(_LARGE, key=lambda large: triton.cdiv(_tiles(large, rows, outs), _AT_ONCE) * _LARGE[large])
-        described = _BY_DESCRIPTOR
-        if tma and packed and (config.outputs, config.tokens) == (described.outputs, described.tokens):
-            if row_bytes % described.depth == 0 and _tiles(described, rows, outs) <= _AT_ONCE:
-                config = described
     tiles = _tiles(config, rows, outs)
+    if tma and packed and config == _LARGEST and tiles <= _AT_ONCE and row_bytes % config.depth == 0:
+        config = _LARGEST_BY_DESCRIPTOR
     least = 512 if config.tokens == 16 else 1024  # bytes of a row in a part
     split = 1
     while tiles * split < _MULTIPROCESSORS and split < _MAX_SPLIT and row_bytes >= 2 * split * least:
@@ -208,14 +208,13 @@ def tile_config(rows: int, outs: int, row_bytes: int, packed: bool = True, tma: 
     return replace(config, split=split)
 
 
-_DESCRIBED = 16  # bytes: what addresses and rows are multiples of, for descriptors
+_ALIGNMENT = 16  # bytes, of what a descriptor stands for
 
 
 def _can_describe(x: Tensor, w: Tensor) -> bool:
-    """Whether descriptors can stand for packed w and all of x on this GPU."""
-    whole = x.shape[1] == 2 * w.shape[1] and w.shape[1] % _DESCRIBED == 0
-    aligned = x.data_ptr() % _DESCRIBED == 0 and w.data_ptr() % _DESCRIBED == 0
-    return has_descriptors(x.device) and whole and aligned
+    """Whether descriptors can stand for packed w and all of x on this GPU, if rows are whole steps."""
+    aligned = x.data_ptr() % _ALIGNMENT == 0 and w.data_ptr() % _ALIGNMENT == 0
+    return has_descriptors(x.device) and aligned and x.shape[1] == 2 * w.shape[1]
 
 
 def tile_linear(
